@@ -1,0 +1,88 @@
+"""What follows from `repo_url` in settings.ini: the hidden setup cell of every notebook, and Quarto's links.
+
+`python nbs/_site/repository.py` writes both; a test holds them together.
+"""
+
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "# setup"  # second line of the setup cell, by which it is found again
+LOCAL = f"""\
+#| hide
+{MARK}
+import importlib.util
+
+if importlib.util.find_spec("scsa_book") is None:
+    raise ModuleNotFoundError("scsa_book is missing: run `make lab` in the folder of the book")"""
+# On Colab the requirements are lower bounds only, so the torch that is there stays.
+COLAB = f"""\
+#| hide
+{MARK}
+import importlib.util
+import sys
+
+if importlib.util.find_spec("scsa_book") is None:
+    if "google.colab" not in sys.modules:
+        raise ModuleNotFoundError("scsa_book is missing: run `make lab` in the folder of the book")
+    !git clone -q --depth 1 --branch BRANCH URL HOME
+    %pip install -q -e "HOME[runs]"
+    %cd -q HOME/FOLDER
+    sys.path.insert(0, "HOME")"""
+
+
+def settings(root=ROOT):
+    "The [DEFAULT] section of settings.ini."
+    config = ConfigParser()
+    config.read(root / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def setup_cell(folder, repo_url, branch="main"):
+    "Source of the cell that makes `import scsa_book` work in a notebook of `folder` (relative to the root)."
+    if not repo_url:
+        return LOCAL
+    home = "/content/" + repo_url.rstrip("/").split("/")[-1]
+    source = COLAB
+    for word, value in {"BRANCH": branch, "URL": repo_url, "HOME": home, "FOLDER": folder}.items():
+        source = source.replace(word, value)
+    return source
+
+
+def is_setup(cell):
+    source = "".join(cell["source"])
+    return cell["cell_type"] == "code" and source.split("\n")[1:2] == [MARK]
+
+
+def quarto_links(text, repo_url, branch):
+    "_quarto.yml with its repository block switched on (an address) or off (none)."
+    block = {
+        "repo-url": repo_url or "https://github.com/OWNER/REPO",
+        "repo-branch": branch,
+        "repo-actions": "[edit, issue]",
+    }
+    for key, value in block.items():
+        line = f"{key}: {value}" if repo_url else f"# {key}: {value}"
+        text = re.sub(rf"^(\s*)(?:# )?{key}:.*$", lambda m, line=line: m[1] + line, text, count=1, flags=re.M)
+    return text
+
+
+def main(root=ROOT):
+    import nbformat
+
+    meta = settings(root)
+    url, branch = meta["repo_url"], meta["repo_branch"]
+    quarto = root / "_quarto.yml"
+    quarto.write_text(quarto_links(quarto.read_text("utf-8"), url, branch), "utf-8")
+    for path in root.glob("nbs/**/*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        cells = [c for c in notebook.cells if is_setup(c)]
+        for cell in cells:
+            cell["source"] = setup_cell(path.parent.relative_to(root).as_posix(), url, branch)
+        if cells:
+            nbformat.write(notebook, path)
+
+
+if __name__ == "__main__":
+    main()
