@@ -1,0 +1,256 @@
+"""What holds for every mechanism of the registry: one parametrised file, no copies."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from scsa_book.attention import registry
+from scsa_book.explain import parity
+
+GOLDEN = parity.recordings()
+NAMES = registry.names()
+WIDTH = 32  # accepted by the defaults of every mechanism
+MECHANISM = pytest.mark.parametrize("name", NAMES)
+
+
+def build(name, channels=WIDTH, **options):
+    torch.manual_seed(0)
+    return registry.create(name, channels, **options)
+
+
+def relative(a, b):
+    return float(((a - b).abs().max() / b.abs().max()).detach())
+
+
+# ---- the authors' implementations ----------------------------------------------------------------
+
+
+def test_every_variant_has_recorded_vectors():
+    assert set(registry.variants()) == set(GOLDEN)
+
+
+@pytest.mark.parametrize("variant", GOLDEN)
+def test_equals_the_authors_code(variant):
+    error = parity.agreement(variant)
+    assert error.output < 1e-5
+    assert error.gradient < 1e-5
+
+
+@pytest.mark.parametrize("variant", GOLDEN)
+def test_a_state_dict_that_does_not_fit_is_refused(variant):
+    options, state = parity.recorded(variant)[2:4]
+    with pytest.raises(ValueError, match="unknown surplus"):
+        registry.from_authors(variant, options, state | {"surplus": torch.zeros(1)})
+    if state:
+        key = next(iter(state))
+        with pytest.raises(ValueError, match="missing"):
+            registry.from_authors(variant, options, {k: v for k, v in state.items() if k != key})
+        with pytest.raises(ValueError, match="has shape"):
+            registry.from_authors(variant, options, state | {key: torch.zeros(3, 1, 1, 7)})
+    with pytest.raises(ValueError, match="lacks"):
+        registry.from_authors(variant, {}, state)
+
+
+# ---- the contract --------------------------------------------------------------------------------
+
+
+@MECHANISM
+@settings(max_examples=15, deadline=None)
+@given(batch=st.integers(0, 3), height=st.integers(1, 33), wide=st.integers(1, 33), train=st.booleans())
+def test_any_size(name, batch, height, wide, train):
+    module = build(name).train(train)
+    if train and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+        assume(batch * height * wide > 1)  # one value has no variance: torch refuses it
+    x = torch.randn(batch, WIDTH, height, wide)
+    y = module(x)
+    assert y.shape == x.shape and y.dtype == x.dtype and y.isfinite().all()
+
+
+@MECHANISM
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_dtype_is_kept(name, dtype):
+    module, x = build(name, dtype=dtype).eval(), torch.randn(2, WIDTH, 9, 14, dtype=dtype)
+    y = module(x)
+    assert y.dtype == dtype
+    exact = build(name, dtype=torch.float64).eval()
+    exact.load_state_dict(module.state_dict())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float64: 1e-12}[dtype]
+    assert relative(y.double(), exact(x.double())) < tolerance
+
+
+@MECHANISM
+def test_memory_format_is_kept(name):
+    module, x = build(name).eval(), torch.randn(2, WIDTH, 9, 14)
+    y = module(x.contiguous(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert module(x).is_contiguous()
+    assert torch.allclose(y, module(x), atol=1e-5)
+
+
+@MECHANISM
+def test_maps_are_the_factors_of_forward(name):
+    module, x = build(name).eval(), torch.randn(2, WIDTH, 9, 14)
+    product = x
+    for factor in module.attention_maps(x).values():
+        product = product * factor
+    assert torch.allclose(product, module(x), atol=1e-6)
+
+
+@MECHANISM
+def test_gradcheck(name):
+    module = build(name, 16, dtype=torch.float64).eval()
+    x = torch.randn(2, 16, 3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module, x, atol=1e-6)
+
+
+@MECHANISM
+def test_every_parameter_gets_a_gradient(name):
+    module = build(name)
+    # The sum alone can be blind: after a normalisation it does not depend on what was normalised.
+    weight = torch.randn(4, WIDTH, 15, 22)
+    (module(torch.randn_like(weight)) * weight).sum().backward()
+    assert [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@MECHANISM
+def test_autocast(name):
+    module, x = build(name).eval(), torch.randn(2, WIDTH, 9, 14)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)
+    assert relative(y.float(), module(x)) < 5e-2
+
+
+@MECHANISM
+def test_copies_and_round_trips(name):
+    module, x = build(name).eval(), torch.randn(2, WIDTH, 9, 14)
+    other = build(name).eval()
+    other.load_state_dict(module.state_dict())
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), other):
+        assert torch.equal(twin(x), module(x))
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x), module(x))
+
+
+@MECHANISM
+def test_compiles_whole(name):
+    torch._dynamo.reset()
+    module = build(name).eval()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for size in [(15, 22), (16, 23), (30, 29)]:
+        x = torch.randn(8, WIDTH, *size)
+        assert torch.allclose(compiled(x), module(x), atol=1e-6)
+    assert len(graphs) <= 2, "one recompilation makes the sizes dynamic; more means a guard on a value"
+
+
+@MECHANISM
+def test_exports(name):
+    module, x = build(name).eval(), torch.randn(2, WIDTH, 15, 22)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    many = torch.randn(5, WIDTH, 15, 22)
+    assert torch.allclose(program.module()(many), module(many), atol=1e-6)
+
+
+# ---- clear errors --------------------------------------------------------------------------------
+
+
+@MECHANISM
+@pytest.mark.parametrize("channels", [0, -8, 2.0, True, "64"])
+def test_channels_must_be_a_positive_integer(name, channels):
+    with pytest.raises(ValueError, match="channels"):
+        registry.info(name).make(channels)
+
+
+@MECHANISM
+@pytest.mark.parametrize("shape", [(32, 5, 5), (1, 31, 5, 5), (1, 1, 32, 5, 5)])
+def test_a_tensor_that_is_no_map_of_these_channels(name, shape):
+    with pytest.raises(ValueError, match="it takes"):
+        build(name)(torch.zeros(shape))
+
+
+BAD = [  # mechanism, options, what the message must say: the value, and what would be right
+    ("se", {"reduction": 0}, "reduction=0.*positive"),
+    ("cbam", {"kernel": 4}, "kernel=4.*odd"),
+    ("cbam", {"reduction": -1}, "reduction=-1.*positive"),
+    ("cbam", {"order": "sideways"}, "sideways.*channel-spatial"),
+    ("smsa", {"kernels": (3, 4, 5, 7)}, "4.*odd"),
+    ("smsa", {"kernels": (3, 5, 7)}, "channels=32.*multiple of 3"),
+    ("smsa", {"gate": "tanh"}, "tanh.*sigmoid"),
+    ("pcsa", {"heads": 5}, "channels=32.*5"),
+    ("pcsa", {"window": 0}, "window=0.*positive"),
+    ("pcsa", {"pool": "median"}, "median.*average"),
+    ("pcsa", {"dropout": 1.5}, "dropout=1.5.*1"),
+    ("scsa", {"heads": 7}, "channels=32.*7"),
+]
+
+
+@pytest.mark.parametrize("name, options, says", BAD, ids=[f"{n}-{next(iter(o))}" for n, o, _ in BAD])
+def test_bad_options_are_told_at_construction(name, options, says):
+    with pytest.raises(ValueError, match=says):
+        registry.create(name, 32, **options)
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match="Did you mean 'scsa'.*se, cbam"):
+        registry.create("scsaa", 32)
+    with pytest.raises(ValueError, match="Did you mean 'reduction'"):
+        registry.create("se", 32, reductoin=4)
+    with pytest.raises(ValueError, match="authors' variant"):
+        registry.from_authors("senet", {}, {})
+
+
+# ---- the floor below -----------------------------------------------------------------------------
+
+
+BEYOND_THE_CORE = {
+    *("torchvision", "matplotlib", "lightning", "torchmetrics", "pydantic", "yaml", "typer", "papermill"),
+    *("ipykernel", "IPython", "great_tables", "pandas", "scipy", "nbdev", "fastcore", "jupytext", "timm"),
+}
+
+
+def test_attention_needs_the_core_alone():
+    "A person who imports one module has torch and einops; everything else is made impossible to import."
+    code = f"""
+import sys
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {sorted(BEYOND_THE_CORE)}:
+            raise ImportError(name + " is behind the wall")
+sys.meta_path.insert(0, Wall())
+import torch
+from scsa_book.attention import registry
+from scsa_book.explain import parity
+for name in registry.names():
+    registry.create(name, 32)(torch.zeros(1, 32, 4, 4))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- the same modules elsewhere ------------------------------------------------------------------
+
+
+def test_se_equals_timm():
+    timm = pytest.importorskip("timm.layers")
+    theirs = timm.SEModule(64, rd_ratio=1 / 16, rd_divisor=1)
+    ours = registry.create("se", 64)
+    state = {k.replace("fc1", "reduce").replace("fc2", "expand"): v for k, v in theirs.state_dict().items()}
+    ours.load_state_dict({k: v.flatten(1) if v.ndim > 1 else v for k, v in state.items()})
+    x = torch.randn(2, 64, 9, 14)
+    assert relative(ours(x), theirs(x)) < 1e-6
