@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .base import Attention, Authors, Entry
+from .base import Attention, Authors, Entry, check_positive
 from ..pooling import global_average
 
 # %% ../../nbs/channel/se.ipynb #5a59235d
@@ -34,8 +34,7 @@ class SE(Attention):
         dtype=None,
     ):
         super().__init__(channels)
-        if not isinstance(reduction, int) or reduction < 1:
-            raise ValueError(f"SE: reduction={reduction!r} must be a positive integer (paper: 16)")
+        check_positive("SE", reduction=reduction)
         kw = {"device": device, "dtype": dtype}
         hidden = max(channels // reduction, 1)
         self.reduce = nn.Linear(channels, hidden, bias, **kw)
