@@ -1,0 +1,649 @@
+"""Networks: attention where the papers have it, stock weights that load, and counts that were printed."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import FrozenBatchNorm2d
+
+from scsa_book.attention import registry
+from scsa_book.attention.base import POSITIONS
+from scsa_book.networks.build import build, network_names
+from scsa_book.networks.placement import (
+    BLOCKS,
+    attend,
+    attend_modules,
+    attentions,
+    load_stock,
+    maps_of,
+    positions,
+    reconnect,
+)
+from scsa_book.networks.small import resnet50_small, small_resnet
+
+
+def on_paper(make, *args, **options):
+    with torch.device("meta"):
+        return make(*args, **options)
+
+
+def size(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def tiny(attention=None, **options):
+    "The smallest network with three stages of blocks; its stock weights are always the same."
+    torch.manual_seed(0)
+    network = small_resnet(8, 10)
+    return attend(network, attention, **options) if attention else network
+
+
+def shake(network):
+    "Random running statistics and affine values, so that no normalisation is the identity."
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return network
+
+
+# ---- counts ----
+
+SE_NORM = {"bias": False, "batch_norm": True}
+CBAM_BARE = {"bias": False, "batch_norm": False}
+HIDDEN = {"position": "before_projection"}
+
+
+@pytest.mark.parametrize(
+    ("make", "attention", "options", "expected"),
+    [
+        (models.resnet50, "scsa", {}, 25_617_448),
+        (models.resnet50, "se", {"bias": False}, 28_071_976),
+        (models.resnet50, "se", {}, 28_088_024),
+        (models.resnet50, "se", SE_NORM, 28_073_864),
+        (models.resnet50, "cbam", {}, 28_089_624),
+        (models.resnet50, "cbam", CBAM_BARE, 28_073_544),
+        (models.resnet101, "scsa", {}, 44_679_208),
+        (models.resnet101, "se", SE_NORM, 49_296_392),
+        (models.resnet101, "cbam", CBAM_BARE, 49_295_562),
+        (models.mobilenet_v2, "scsa", {}, 3_619_048),
+        (models.mobilenet_v2, "cbam", {**CBAM_BARE, "min_hidden": 8, **HIDDEN}, 4_071_338),
+    ],
+)
+def test_published_counts(make, attention, options, expected):
+    assert size(attend(on_paper(make), attention, **options)) == expected
+
+
+def test_counts_of_timm_equal_those_of_torchvision():
+    for attention, position, expected in [("scsa", None, 25_617_448), ("se", "after_conv3", 28_088_024)]:
+        network = on_paper(timm.create_model, "resnet50")
+        assert size(attend(network, attention, position=position)) == expected
+    assert size(attend(on_paper(timm.create_model, "mobilenetv2_100"), "scsa")) == 3_619_048
+
+
+def test_counts_of_small_networks():
+    assert size(on_paper(resnet50_small, 100)) == 23_705_252
+    assert size(on_paper(small_resnet, 20, 10)) == 269_722
+    # SE of the CAT paper's table for CIFAR-100
+    assert size(attend(on_paper(resnet50_small, 100), "se", bias=False)) == 26_220_196
+
+
+# ---- places ----
+
+
+def add(block, x, out):
+    return out + (x if block.downsample is None else block.downsample(x))
+
+
+def by_hand_bottleneck(block, x, narrow, wide):
+    out = block.relu(block.bn1(block.conv1(x)))
+    out = narrow(block.relu(block.bn2(block.conv2(out))))
+    return block.relu(add(block, x, wide(block.bn3(block.conv3(out)))))
+
+
+def by_hand_basic(block, x, narrow, wide):
+    out = narrow(block.relu(block.bn1(block.conv1(x))))
+    return block.relu(add(block, x, wide(block.bn2(block.conv2(out)))))
+
+
+def by_hand_inverted(block, x, narrow, wide):
+    *layers, projection, norm = block.conv
+    out = nn.Sequential(*layers)(x)
+    out = wide(norm(projection(narrow(out))))
+    return x + out if block.use_res_connect else out
+
+
+def by_hand_timm_bottleneck(block, x, narrow, wide):
+    out = block.act1(block.bn1(block.conv1(x)))
+    out = narrow(block.act2(block.bn2(block.conv2(out))))
+    return block.act3(add(block, x, wide(block.bn3(block.conv3(out)))))
+
+
+def by_hand_timm_inverted(block, x, narrow, wide):
+    out = narrow(block.bn2(block.conv_dw(block.bn1(block.conv_pw(x)))))
+    return wide(block.bn3(block.conv_pwl(out))) + x
+
+
+def down(width, out):
+    return nn.Sequential(nn.Conv2d(width, out, 1, 2, bias=False), nn.BatchNorm2d(out))
+
+
+IN_BOTTLENECK = (by_hand_bottleneck, "after_conv2", "after_conv3")
+IN_BASIC = (by_hand_basic, "after_conv1", "after_conv2")
+IN_INVERTED = (by_hand_inverted, "before_projection", "after_projection")
+TIMM_BOTTLENECK = timm.models.resnet.Bottleneck
+TIMM_INVERTED = timm.models._efficientnet_blocks.InvertedResidual
+HAND = {
+    "bottleneck": (lambda: Bottleneck(32, 8), *IN_BOTTLENECK),
+    "bottleneck, halved": (lambda: Bottleneck(32, 16, 2, down(32, 64)), *IN_BOTTLENECK),
+    "basic": (lambda: BasicBlock(32, 32), *IN_BASIC),
+    "basic, halved": (lambda: BasicBlock(32, 64, 2, down(32, 64)), *IN_BASIC),
+    "inverted": (lambda: InvertedResidual(32, 32, 1, 6), *IN_INVERTED),
+    "inverted, halved": (lambda: InvertedResidual(32, 48, 2, 6), *IN_INVERTED),
+    "inverted without expansion": (lambda: InvertedResidual(32, 16, 1, 1), *IN_INVERTED),
+    "timm bottleneck": (lambda: TIMM_BOTTLENECK(32, 8), by_hand_timm_bottleneck, *IN_BOTTLENECK[1:]),
+    "timm inverted": (lambda: TIMM_INVERTED(32, 32, exp_ratio=4), by_hand_timm_inverted, *IN_INVERTED[1:]),
+}
+
+
+@pytest.mark.parametrize("attention", ["se", "scsa"])
+@pytest.mark.parametrize("role", POSITIONS)
+@pytest.mark.parametrize("kind", HAND)
+def test_block_computes_what_a_hand_written_one_does(kind, role, attention):
+    make, by_hand, narrow, wide = HAND[kind]
+    torch.manual_seed(0)
+    stock = shake(make()).eval()
+    literal = narrow if role == "before_last_conv" else wide
+    options = {"reduction": 4} if attention == "se" else {}
+    by_literal = attend(copy.deepcopy(stock), attention, position=literal, **options)
+    by_role = attend(copy.deepcopy(stock), attention, position=role, **options)
+    assert list(attentions(by_literal)) == list(attentions(by_role))
+
+    (module,) = attentions(by_literal).values()
+    x = torch.randn(2, 32, 9, 7)
+    places = (module, nn.Identity()) if literal == narrow else (nn.Identity(), module)
+    expected = by_hand(stock, x, *places)
+    assert torch.allclose(by_literal(x), expected, atol=1e-6)
+    assert not torch.allclose(stock(x), expected, atol=1e-3)
+    if "basic" in kind:  # both places have the same width, so the wrong one would fit, too
+        assert not torch.allclose(by_hand(stock, x, *places[::-1]), expected, atol=1e-3)
+
+
+def test_default_place_is_that_of_the_authors():
+    expected = {"se": "bn2", "cbam": "bn2", "scsa": "conv2"}
+    for attention, child in expected.items():
+        network = attend(small_resnet(8, 10), attention)
+        blocks = [f"layer{i}.0.{child}.attention" for i in (1, 2, 3)]
+        assert list(attentions(network)) == blocks, attention
+
+
+@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("role", POSITIONS)
+def test_every_mechanism_at_every_role_gives_logits_and_gradients(name, role):
+    network = attend(small_resnet(8, 10, in_channels=1), name, position=role)
+    loss = network(torch.randn(2, 1, 28, 28)).square().sum()
+    loss.backward()
+    silent = [k for k, p in network.named_parameters() if p.grad is None]
+    assert not silent
+
+
+def test_every_block_of_the_table_exists_in_a_network():
+    "A row of BLOCKS that no network has would never be found wrong."
+    networks = [
+        on_paper(models.resnet18),
+        on_paper(models.resnet50),
+        on_paper(models.mobilenet_v2),
+        on_paper(timm.create_model, "mobilenetv2_100"),
+    ]
+    used = set()
+    for network in networks:
+        for attention in ("se", "scsa"):
+            for name in attentions(attend(copy.deepcopy(network), attention)):
+                block, _, child = name.removesuffix(".attention").rpartition(".")
+                if block.endswith(".conv"):  # torchvision's InvertedResidual holds its layers in `conv`
+                    block, child = block.removesuffix(".conv"), f"conv.{child}"
+                used.add((type(network.get_submodule(block)).__name__, child))
+    assert used == {(kind, site.child) for kind, sites in BLOCKS for site in sites.values()}
+
+
+def test_positions_and_their_widths():
+    assert positions(on_paper(models.resnet50)) == {
+        "after_conv2": (64, 128, 256, 512),
+        "after_conv3": (256, 512, 1024, 2048),
+    }
+    late = positions(small_resnet(8, 10), "layer[23].*")
+    assert late == {"after_conv1": (32, 64), "after_conv2": (32, 64)}
+    hidden = positions(on_paper(models.mobilenet_v2))["before_projection"]
+    assert hidden == (32, 96, 144, 192, 384, 576, 960)
+    wide = positions(on_paper(models.resnext50_32x4d))
+    assert wide["after_conv2"] == (128, 256, 512, 1024)
+
+
+def test_chosen_blocks_only():
+    network = on_paper(models.mobilenet_v2)
+    attend(network, "scsa", blocks=["features.[2-9]", "features.1?"])  # without the block of expansion 1
+    assert "features.1.conv.1.attention" not in attentions(network)
+    assert len(attentions(network)) == 16
+
+
+def test_frozen_norms_and_other_norms():
+    for norm in (FrozenBatchNorm2d, lambda width: nn.GroupNorm(4, width)):
+        network = attend(on_paper(models.resnet50, norm_layer=norm), "se")
+        assert size(network) - size(on_paper(models.resnet50, norm_layer=norm)) == 2_530_992
+
+
+# ---- errors ----
+
+
+def message(act, *args, **options):
+    with pytest.raises(ValueError) as caught:
+        act(*args, **options)
+    return str(caught.value)
+
+
+def test_wrong_position_lists_the_right_ones_with_channels():
+    told = message(attend, on_paper(models.resnet50), "se", position="before_projection")
+    assert "'before_projection'" in told
+    assert "after_conv2 (64, 128, 256, 512 channels)" in told
+    assert "after_conv3 (256, 512, 1024, 2048 channels)" in told
+    assert all(role in told for role in POSITIONS)
+
+
+def test_unknown_network_is_named_with_a_way_out():
+    told = message(attend, on_paper(models.vgg11), "se")
+    assert told.startswith("VGG ") and "attend_modules(" in told and "features.0, features.3" in told
+    assert "VGG" in message(positions, on_paper(models.vgg11))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "scsaa"}, ["scsaa", "scsa"]),
+        ({"name": "se", "reductoin": 4}, ["layer1.0.bn2", "reductoin", "reduction"]),
+        ({"name": "scsa", "heads": 7}, ["layer1.0.conv2", "7"]),
+        ({"name": "se", "blocks": "layer9.*"}, ["layer9.*", "layer1.0"]),
+    ],
+)
+def test_wrong_words_change_nothing(options, words):
+    network = small_resnet(8, 10)
+    before = list(network.state_dict())
+    told = message(attend, network, **options)
+    assert all(word in told for word in words), told
+    assert list(network.state_dict()) == before and not attentions(network)
+
+
+def test_nothing_is_inserted_when_a_late_block_fails():
+    network = nn.Sequential(BasicBlock(16, 16), BasicBlock(6, 6))  # 6 do not divide by SCSA's 4 groups
+    told = message(attend, network, "scsa")
+    assert "1.conv2" in told and "6" in told
+    assert not attentions(network) and not hasattr(network[0].conv2, "attention")
+
+
+def test_twice_at_one_place_is_refused_and_at_two_places_is_not():
+    network = tiny("se")
+    assert "layer1.0.bn2" in message(attend, network, "cbam")
+    attend(network, "scsa")
+    assert len(attentions(network)) == 6
+
+
+# ---- any network ----
+
+
+def test_modules_by_pattern():
+    network = attend_modules(on_paper(models.densenet121), "*.conv2", "scsa", side="before")
+    assert len(attentions(network)) == 58
+    assert {m.channels for m in attentions(network).values()} == {128}
+    placed = network.features.denseblock1.denselayer1.conv2.attention
+    assert type(placed) is registry.info("scsa").make
+
+
+def test_channels_are_looked_up_with_an_example():
+    network = tiny()
+    told = message(attend_modules, network, "layer?", "se")
+    assert "layer1, layer2, layer3" in told and "Sequential" in told and "example=" in told
+    before = copy.deepcopy(network.state_dict())
+    attend_modules(network, "layer?", "se", example=torch.randn(1, 3, 32, 32))
+    assert [m.channels for m in attentions(network).values()] == [16, 32, 64]
+    assert all(torch.equal(network.state_dict()[k], v) for k, v in before.items())  # no statistics moved
+    assert network.training and all(m.training for m in network.modules())
+    assert "layer1.attention" in attentions(network)
+    network(torch.randn(2, 3, 32, 32))
+
+
+def test_own_modules_and_their_options():
+    class Half(nn.Module):
+        def __init__(self, channels, factor):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((channels, 1, 1), factor))
+
+        def forward(self, x):
+            return x * self.scale
+
+    network = tiny().double().eval()
+    attend_modules(network, "layer2.0.conv1", Half, side="before", factor=0.5)
+    conv = network.layer2[0].conv1
+    assert conv.attention.scale.dtype == torch.float64
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    assert torch.allclose(conv(x), nn.functional.conv2d(x / 2, conv.weight, stride=2, padding=1))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options", "words"),
+    [
+        ("stage*", {}, ["stage*", "conv1"]),
+        ("conv1", {"side": "around"}, ["around", "before", "after"]),
+        ("fc", {"example": torch.zeros(1, 3, 8, 8)}, ["fc", "Linear", "(B, C, H, W)"]),
+    ],
+)
+def test_wrong_patterns(pattern, options, words):
+    told = message(attend_modules, tiny(), pattern, "se", **options)
+    assert all(word in told for word in words), told
+
+
+def test_attention_inside_attention_is_not_matched():
+    network = tiny("scsa")
+    assert any(name.endswith("pcsa.q") for name, _ in network.named_modules())
+    attend_modules(network, ["conv1", "*.q"], "se")
+    assert list(attentions(network))[0] == "conv1.attention" and len(attentions(network)) == 4
+
+
+# ---- stock weights ----
+
+
+def stock_and_attended(attention="scsa"):
+    torch.manual_seed(0)
+    stock = shake(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5))
+    torch.manual_seed(5)
+    return stock, attend(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5), attention)
+
+
+@pytest.mark.parametrize("attention", ["scsa", "cbam"])
+def test_stock_weights_load_and_the_report_is_exact(attention):
+    stock, network = stock_and_attended(attention)
+    names = set(network.state_dict())
+    assert names > set(stock.state_dict())  # no stock name has changed
+    report = load_stock(network, stock.state_dict())
+    assert set(report.loaded) == set(stock.state_dict())
+    assert set(report.new) == names - set(stock.state_dict())
+    assert all(".attention." in name for name in report.new) and report.skipped == ()
+    assert all(torch.equal(network.state_dict()[k], v) for k, v in stock.state_dict().items())
+    assert "4 attention modules" in str(report)
+
+
+def test_its_own_checkpoint_loads_whole():
+    network, other = tiny("cbam"), attend(small_resnet(8, 10), "cbam")
+    report = load_stock(other, network.state_dict())
+    assert report.new == () and set(report.loaded) == set(network.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(other.eval()(x), network.eval()(x))
+
+
+def test_old_checkpoints_without_counters_load():
+    stock, network = stock_and_attended()
+    state = {k: v for k, v in stock.state_dict().items() if not k.endswith("num_batches_tracked")}
+    report = load_stock(network, state)
+    assert set(report.loaded) == set(state)
+    frozen = attend(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, norm_layer=FrozenBatchNorm2d), "scsa")
+    assert set(load_stock(frozen, stock.state_dict()).loaded) == set(state)
+
+
+def test_another_number_of_classes():
+    stock, _ = stock_and_attended()
+    network = attend(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=3), "scsa")
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    told = message(load_stock, network, stock.state_dict())
+    assert "fc.weight is (5, 2048) instead of (3, 2048)" in told and 'skip=["fc.*"]' in told
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())  # nothing was loaded
+    report = load_stock(network, stock.state_dict(), skip=["fc.*"])
+    assert report.skipped == ("fc.weight", "fc.bias")
+    assert torch.equal(network.fc.weight, before["fc.weight"])
+    assert torch.equal(network.conv1.weight, stock.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda s: s.pop("layer2.0.conv1.weight"), ["missing: layer2.0.conv1.weight"]),
+        (lambda s: s.update(extra=torch.zeros(1)), ["unexpected: extra"]),
+        (lambda s: s.update({"bn1.bias": torch.zeros(3)}), ["bn1.bias is (3,) instead of (64,)"]),
+        (lambda s: [s.update({f"module.{k}": s.pop(k)}) for k in list(s)], ["begin with 'module.'"]),
+        (lambda s: s.update(optimizer={}), ["optimizer", "not a state dict"]),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_loads(spoil, words):
+    stock, network = stock_and_attended()
+    state = dict(stock.state_dict())
+    spoil(state)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    told = message(load_stock, network, state)
+    assert all(word in told for word in words), told
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_loading_onto_the_meta_device_is_refused():
+    network = attend(on_paper(small_resnet, 8, 10), "se")
+    assert "meta" in message(load_stock, network, small_resnet(8, 10).state_dict())
+
+
+# ---- what happens to a network in its life ----
+
+
+@pytest.mark.parametrize("attention", ["se", "scsa"])
+def test_copies_own_their_attention(attention):
+    network = tiny(attention).eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = network(x)
+    buffer = io.BytesIO()
+    torch.save(network, buffer)
+    saved = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network)), saved):
+        assert torch.equal(twin(x), expected)
+        for module in attentions(twin).values():
+            for p in module.parameters():
+                p.data.fill_(3.0)
+        assert not torch.equal(twin(x), expected)
+        assert torch.equal(network(x), expected)
+
+
+@pytest.mark.parametrize("attention", ["se", "scsa", "cbam"])
+def test_compiles_in_one_graph(attention):
+    network = tiny(attention).eval()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.allclose(compiled(x), network(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["se", "scsa"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports(attention, strict):
+    network = tiny(attention).eval()
+    x = torch.randn(2, 3, 16, 16)
+    program = torch.export.export(network, (x,), strict=strict)
+    assert torch.allclose(program.module()(x), network(x), atol=1e-6)
+    assert any(".attention." in name for name in program.state_dict)
+
+
+def test_runs_in_data_parallel_training(tmp_path):
+    network = tiny("scsa")
+    x = torch.randn(2, 3, 16, 16)
+    network(x).sum().backward()
+    alone = {k: p.grad.clone() for k, p in network.named_parameters()}
+    network.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(network)(x).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.allclose(p.grad, alone[k]) for k, p in network.named_parameters())
+
+
+def test_feature_extractors_of_torchvision_keep_the_attention():
+    network = tiny("se").eval()
+    x = torch.randn(2, 3, 16, 16)
+    by_graph = create_feature_extractor(network, ["layer2", "fc"])
+    assert torch.equal(by_graph(x)["fc"], network(x)) and len(attentions(by_graph)) == 3
+    by_layer = IntermediateLayerGetter(network, {"layer2": "0"})
+    assert torch.equal(by_layer(x)["0"], by_graph(x)["layer2"])
+
+
+def test_flops_are_counted_in_the_attention():
+    with FlopCounterMode(display=False) as with_se:
+        tiny("se")(torch.zeros(1, 3, 16, 16))
+    with FlopCounterMode(display=False) as without:
+        tiny()(torch.zeros(1, 3, 16, 16))
+    widths = (16, 32, 64)
+    expected = sum(2 * 2 * c * max(c // 16, 1) for c in widths)
+    assert with_se.get_total_flops() - without.get_total_flops() == expected
+
+
+def test_one_step_trains_stock_and_new_parameters():
+    network = tiny("scsa")
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+    before = {k: p.detach().clone() for k, p in network.named_parameters()}
+    x, y = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    first = nn.functional.cross_entropy(network(x), y)
+    first.backward()
+    optimiser.step()
+    moved = {k for k, p in network.named_parameters() if not torch.equal(p, before[k])}
+    attention = {k for k in before if ".attention." in k}
+    assert moved - attention == set(before) - attention
+    assert moved & attention and nn.functional.cross_entropy(network(x), y) < first
+
+
+def test_device_precision_and_mode_are_those_of_the_layer():
+    network = attend(small_resnet(8, 10).double().eval(), "scsa")
+    assert {p.dtype for p in network.parameters()} == {torch.float64}
+    assert not any(m.training for m in network.modules())
+    assert {p.device.type for p in attend(on_paper(small_resnet, 8, 10), "cbam").parameters()} == {"meta"}
+
+
+def test_stock_weights_are_those_of_the_seed():
+    stock, placed = tiny().state_dict(), tiny("scsa").state_dict()
+    assert all(torch.equal(placed[k], v) for k, v in stock.items())
+
+
+def test_a_conversion_that_drops_the_hooks_is_noticed_and_mended():
+    network = shake(tiny("se")).eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = network(x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    assert not torch.allclose(converted(x), expected, atol=1e-3)
+    with pytest.raises(RuntimeError, match=r"layer1\.0\.bn2.*reconnect"):
+        attentions(converted)
+    assert reconnect(converted) == [f"layer{i}.0.bn2" for i in (1, 2, 3)]
+    assert reconnect(converted) == []
+    assert torch.equal(converted(x), expected)
+
+
+def test_maps_of_recombine_to_what_the_module_does():
+    network = tiny("scsa")
+    before = copy.deepcopy(network.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    maps = maps_of(network, x)
+    assert list(maps) == list(attentions(network))
+    assert network.training and all(torch.equal(network.state_dict()[k], v) for k, v in before.items())
+    network.eval()
+    for name, module in attentions(network).items():
+        seen = {}
+        record = lambda m, args, out, seen=seen: seen.update(x=args[0], y=out)  # noqa: E731
+        handle = module.register_forward_hook(record)
+        network(x)
+        handle.remove()
+        product = seen["x"]
+        for gate in maps[name].values():
+            assert not gate.requires_grad
+            product = product * gate
+        assert torch.allclose(product, seen["y"], atol=1e-6)
+    assert not any(m._forward_pre_hooks for m in attentions(network).values())  # ours have gone
+    assert "attend(" in message(maps_of, small_resnet(8, 10), x)
+
+
+# ---- small networks, and networks by name ----
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85)])
+def test_sizes_of_the_residual_networks_paper(depth, millions):
+    assert round(size(on_paper(small_resnet, depth, 10)) / 1e6, 2) == millions
+    layers = [m for m in on_paper(small_resnet, depth, 10).modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == depth
+
+
+def test_small_stem_keeps_the_resolution():
+    network, seen = on_paper(resnet50_small, 100).eval(), []
+    network.layer1.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
+    network.layer4.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    network(torch.empty(2, 3, 32, 32, device="meta"))
+    assert seen == [(2, 64, 32, 32), (2, 2048, 4, 4)]
+
+
+def test_convolutions_start_from_their_fan_out():
+    torch.manual_seed(0)
+    grey = build("mobilenet_v2", 10, in_channels=1).features[0][0].weight
+    assert grey.shape == (32, 1, 3, 3)
+    small = small_resnet(8, 10).layer3[0].conv1.weight
+    stem = resnet50_small(10).conv1.weight
+    for weight, fan_out in [(grey, 32 * 9), (small, 64 * 9), (stem, 64 * 9)]:
+        assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("shortcut", ["pad", "projection"])
+@pytest.mark.parametrize("side", [7, 28, 32, 33])
+def test_small_networks_take_any_side(shortcut, side):
+    network = small_resnet(8, 3, in_channels=1, width=4, shortcut=shortcut)
+    assert network(torch.randn(2, 1, side, side)).shape == (2, 3)
+
+
+def test_option_a_keeps_every_second_position_and_adds_zeros():
+    shortcut = small_resnet(8, 10).layer2[0].downsample
+    x = torch.randn(2, 16, 5, 4)
+    y = shortcut(x)
+    assert y.shape == (2, 32, 3, 2)
+    assert torch.equal(y[:, :16], x[:, :, ::2, ::2]) and not y[:, 16:].any()
+    assert not list(shortcut.parameters())
+
+
+@pytest.mark.parametrize("depth", [7, 2, 18, 50.5])
+def test_wrong_depth(depth):
+    assert "6n + 2" in message(small_resnet, depth, 10)
+
+
+def test_wrong_shortcut():
+    assert "'pad'" in message(small_resnet, 8, 10, shortcut="conv")
+
+
+@pytest.mark.parametrize("name", network_names())
+def test_every_name_builds_and_takes_attention(name):
+    network = attend(on_paper(build, name, 7, in_channels=1), "scsa").eval()
+    assert network(torch.empty(2, 1, 28, 28, device="meta")).shape == (2, 7)
+
+
+def test_colour_networks_are_the_stock_ones():
+    for name, make in [("resnet50", models.resnet50), ("mobilenet_v2", models.mobilenet_v2)]:
+        ours, stock = on_paper(build, name, 1000).state_dict(), on_paper(make).state_dict()
+        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in stock.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("resnet-20", 10), ["resnet-20", "'resnet20'", *network_names()]),
+        (("resnet20", 0), ["num_classes=0"]),
+        (("resnet20", 10, 0), ["in_channels=0"]),
+    ],
+)
+def test_wrong_networks(arguments, words):
+    told = message(build, *arguments)
+    assert all(word in told for word in words), told
