@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+from filter import split_head
 from jupytext.combine import combine_inputs_with_outputs
 from repository import ROOT, is_setup, settings, setup_cell
 
@@ -54,6 +55,7 @@ def push(path):
         old = nbformat.read(path, 4)
         old_ids = {c.id for c in old.cells}
         new = combine_inputs_with_outputs(new, old, fmt="py:percent")
+        drop_stale_outputs(new, old)
     new.metadata = metadata_of(new)
     seen = set()
     for cell in new.cells:
@@ -64,6 +66,14 @@ def push(path):
     nbformat.validate(new)
     nbformat.write(new, path)
     return path
+
+
+def drop_stale_outputs(new, old):
+    "jupytext pairs cells that are alike; what other code printed is not the output of this code."
+    code = {c.id: split_head(c.source)[1] for c in old.cells}
+    for cell in new.cells:
+        if cell.cell_type == "code" and split_head(cell.source)[1] != code.get(cell.id):
+            cell.outputs = []
 
 
 def metadata_of(notebook):
@@ -83,7 +93,9 @@ def run(notebook, folder):
 
     # Figures and numbers must not depend on how many cores the author has.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    where = {"metadata": {"path": str(folder)}}
+    quiet = ["--log-level=ERROR"]  # or the kernel remarks on every start that it talks over the loopback
+    NotebookClient(notebook, timeout=600, resources=where, extra_arguments=quiet).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":

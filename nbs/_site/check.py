@@ -1,0 +1,133 @@
+"""Look for what a reader of the built site would stumble over: `python nbs/_site/check.py [FOLDER]`.
+
+Anything a page would load from another host, local files and anchors that are not there, notation that was
+meant to be rendered (`:::`, `?@fig`, `#| export`). Plain links to other sites are allowed.
+"""
+
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+LOADS = {
+    "script": ["src"],
+    "img": ["src", "srcset"],
+    "iframe": ["src"],
+    "source": ["src", "srcset"],
+    "video": ["src", "poster"],
+    "audio": ["src"],
+    "embed": ["src"],
+    "object": ["data"],
+    "link": ["href"],
+    "image": ["href", "xlink:href"],
+    "use": ["href", "xlink:href"],
+}
+PASSIVE = {"canonical", "alternate", "prev", "next", "license", "author"}  # <link rel> that loads nothing
+LITERAL = ("script", "style", "pre", "code")  # text that nobody meant to be rendered
+CSS = re.compile(r"(?:url\(\s*|@import\s+)[\"']?([^\"')\s]+)")
+UNRENDERED = re.compile(r":::|\?@[\w-]+|#\| ?\w+|\{#(?:fig|tbl|eq|sec)-")
+
+
+class Page(HTMLParser):
+    "What a page loads, where it links, which anchors it has, and the text that a reader reads."
+
+    def __init__(self, source):
+        super().__init__()
+        self.loads, self.links, self.ids, self.words = [], [], set(), []
+        self.open = []
+        self.feed(source)
+        self.text = "".join(self.words)
+
+    def handle_starttag(self, tag, attributes):
+        given = {k: v for k, v in attributes if v}
+        if tag in LITERAL:
+            self.open.append(tag)
+        if "id" in given:
+            self.ids.add(given["id"])
+        if tag == "a":
+            self.ids.add(given.get("name", ""))
+            self.links += [given["href"]] if "href" in given else []
+        if tag != "link" or not set(given.get("rel", "").split()) & PASSIVE:
+            for name in LOADS.get(tag, []):
+                self.loads += addresses(given.get(name, ""), many=name == "srcset")
+        self.loads += CSS.findall(given.get("style", ""))
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        if tag in LITERAL and self.open:
+            self.open.pop()
+
+    def handle_data(self, data):
+        if not self.open:
+            self.words.append(data)
+        elif self.open[-1] == "style":
+            self.loads += CSS.findall(data)
+
+
+def addresses(value, many):
+    "The addresses in an attribute: one, or as in srcset several with their sizes."
+    if not many or value.startswith("data:"):
+        return [value] if value else []
+    return [part.split()[0] for part in value.split(",") if part.strip()]
+
+
+def external(address):
+    return bool(re.match(r"(?:[a-z]+:)?//", address, re.I)) and not address.startswith("http://www.w3.org/")
+
+
+def is_local(address):
+    parts = urlsplit(address)
+    return not (parts.scheme or parts.netloc)
+
+
+def target_of(page, address):
+    "The file that a local address on `page` means."
+    path = unquote(urlsplit(address).path)
+    target = (page.parent / path).resolve() if path else page.resolve()
+    return target / "index.html" if target.is_dir() else target
+
+
+def problems_of(path, page, pages):
+    "One line for each thing that is wrong on one page."
+    found = [f"loads {address}" for address in page.loads if external(address)]
+    for address in filter(is_local, page.loads + page.links):
+        target, anchor = target_of(path, address), unquote(urlsplit(address).fragment)
+        if not target.exists():
+            found.append(f"missing {address}")
+        elif anchor not in {"", "top"} and target in pages and anchor not in pages[target].ids:
+            found.append(f"no anchor {address}")
+    return found + [f"not rendered: {mark}" for mark in UNRENDERED.findall(page.text)]
+
+
+def is_page(path):
+    "Not a part of Quarto's own libraries, nor the snippet that is included in every page."
+    return "site_libs" not in path.parts and path.name != "page.html"
+
+
+def problems(site):
+    "One line a problem in the rendered folder `site`; no line when it is as it should be."
+    site = Path(site).resolve()
+    pages = {p: Page(p.read_text("utf-8")) for p in sorted(site.rglob("*.html")) if is_page(p)}
+    if not pages:
+        return [f"{site}: no page"]
+    found = []
+    for path, page in pages.items():
+        found += [f"{path.relative_to(site)}: {line}" for line in problems_of(path, page, pages)]
+    for sheet in sorted(site.rglob("*.css")):
+        loads = filter(external, CSS.findall(sheet.read_text("utf-8")))
+        found += [f"{sheet.relative_to(site)}: loads {address}" for address in loads]
+    return found
+
+
+def main():
+    found = problems(sys.argv[1] if len(sys.argv) > 1 else "_docs")
+    print("\n".join(found) or "nothing from another host, no dead link, nothing left unrendered")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
