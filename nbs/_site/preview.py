@@ -60,7 +60,8 @@ def contents(items, root, depth=0):
 
 def matched(pattern, root, depth):
     "What Quarto makes of `auto: folder/*/*.ipynb`: each folder by its index page, the other pages under it."
-    found = sorted(root.glob(pattern), key=lambda p: (p.parent, p.stem != "index", p.name.upper()))
+    visible = (p for p in root.glob(pattern) if not p.parent.name.startswith("."))
+    found = sorted(visible, key=lambda p: (p.parent, p.stem != "index", p.name.upper()))
     for path in found:
         yield depth + (path.stem != "index"), None, path.relative_to(root).as_posix()
 

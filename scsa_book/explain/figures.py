@@ -102,11 +102,12 @@ def show_maps(
 
 # %% ../../nbs/reference/figures.ipynb #bc3e4588
 def message_of(
-    call: Callable[[], object],  # a call that should raise ValueError
+    call: Callable[[], object],  # a call that should be refused
+    kind: type[Exception] = ValueError,  # with this error
 ) -> str:  # what the error says
-    "The message of the `ValueError` that a call raises; an `AssertionError` when it raises none."
+    "The message of the error that a call raises; an `AssertionError` when it raises none."
     try:
         call()
-    except ValueError as error:
+    except kind as error:
         return str(error)
-    raise AssertionError("no ValueError was raised")
+    raise AssertionError(f"no {kind.__name__} was raised")
