@@ -167,6 +167,33 @@ def test_exports(name):
     assert torch.allclose(program.module()(many), module(many), atol=1e-6)
 
 
+@MECHANISM
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(name):
+    runtime = pytest.importorskip("onnxruntime")
+    module, x = build(name).eval(), torch.randn(2, WIDTH, 15, 22)
+    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert relative(torch.from_numpy(y), module(x)) < 1e-4
+
+
+@MECHANISM
+@pytest.mark.slow
+def test_inductor(name):
+    torch._dynamo.reset()
+    module, twin = build(name), build(name)
+    compiled = torch.compile(twin, fullgraph=True)
+    for size in [(15, 22), (16, 23)]:
+        x = torch.randn(4, WIDTH, *size, requires_grad=True)
+        u = x.detach().clone().requires_grad_()
+        weight = torch.randn_like(x)
+        (module(x) * weight).sum().backward()
+        (compiled(u) * weight).sum().backward()
+        assert relative(compiled(u), module(x)) < 1e-4
+        assert relative(u.grad, x.grad) < 1e-3
+
+
 # ---- clear errors --------------------------------------------------------------------------------
 
 
@@ -241,16 +268,3 @@ for name in registry.names():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-# ---- the same modules elsewhere ------------------------------------------------------------------
-
-
-def test_se_equals_timm():
-    timm = pytest.importorskip("timm.layers")
-    theirs = timm.SEModule(64, rd_ratio=1 / 16, rd_divisor=1)
-    ours = registry.create("se", 64)
-    state = {k.replace("fc1", "reduce").replace("fc2", "expand"): v for k, v in theirs.state_dict().items()}
-    ours.load_state_dict({k: v.flatten(1) if v.ndim > 1 else v for k, v in state.items()})
-    x = torch.randn(2, 64, 9, 14)
-    assert relative(ours(x), theirs(x)) < 1e-6

@@ -1,0 +1,84 @@
+"""Where timm has the same module, ours agrees with it; and timm's networks take ours."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from scsa_book.attention import registry
+
+timm = pytest.importorskip("timm")
+layers = pytest.importorskip("timm.layers")
+CbamModule = pytest.importorskip("timm.layers.cbam").CbamModule
+
+
+def relative(a, b):
+    return float(((a - b).abs().max() / b.abs().max()).detach())
+
+
+def carried(theirs, ours, words):
+    "Load timm's weights into ours: `words` of the names replaced, matrices and 1x1 convolutions reshaped."
+    own, state = ours.state_dict(), {}
+    for key, value in theirs.state_dict().items():
+        for word, mine in words.items():
+            key = key.replace(word, mine)
+        state[key] = value.reshape(own[key].shape)
+    ours.load_state_dict(state)
+    return ours
+
+
+def test_se():
+    theirs = layers.SEModule(64, rd_ratio=1 / 16, rd_divisor=1)
+    ours = carried(theirs, registry.create("se", 64), {"fc1": "reduce", "fc2": "expand"})
+    x = torch.randn(2, 64, 9, 14)
+    assert relative(ours(x), theirs(x)) < 1e-6
+
+
+def test_cbam():
+    "Theirs concatenates the mean first and normalises with another momentum, which evaluation does not see."
+    theirs = CbamModule(32, rd_ratio=1 / 4, rd_channels=8, mlp_bias=True).eval()
+    words = {"fc1": "reduce", "fc2": "expand", "conv.conv": "conv", "conv.bn": "norm"}
+    ours = carried(theirs, registry.create("cbam", 32, reduction=4), words).eval()
+    with torch.no_grad():
+        ours.spatial.conv.weight.copy_(theirs.spatial.conv.conv.weight.flip(1))
+    x = torch.randn(2, 32, 9, 14)
+    assert relative(ours(x), theirs(x)) < 1e-6
+
+
+@pytest.mark.parametrize("channels", [16, 64, 128, 2048])
+def test_eca_equals_timm(channels):
+    theirs = layers.EcaModule(channels)
+    ours = registry.create("eca", channels)  # the paper's rule: theirs too, but never below 3
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, channels, 9, 14)
+    assert relative(ours(x), theirs(x)) < 1e-6
+
+
+@pytest.mark.parametrize("extent", [0, 2, 4, 8])
+def test_parameter_free_ge_equals_timm(extent):
+    # Their parameterised forms cannot be built (timm 1.0.31 passes a dictionary's keys as arguments).
+    theirs = layers.GatherExcite(64, extent=extent, use_mlp=False)
+    ours = registry.create("ge", 64, extent=extent or None)
+    x = torch.randn(2, 64, 9, 14)
+    assert relative(ours(x), theirs(x)) < 1e-6
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_sk_equals_timm(train):
+    theirs = layers.SelectiveKernel(64, groups=32, rd_channels=32, split_input=False).train(train)
+    ours = registry.create("sk", 64).train(train)
+    words = {"paths": "branches", ".conv.": ".0.", "attn.bn": "attn.norm", ".bn.": ".1."}
+    words |= {"attn.": "selector.", "fc_reduce": "reduce", "fc_select": "expand"}
+    carried(theirs, ours, words)
+    x = torch.randn(2, 64, 9, 14)
+    assert relative(ours(x), theirs(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_networks_of_timm_take_ours(name):
+    "timm calls `attn_layer(channels, device=..., dtype=...)`, which is our constructor."
+    make = partial(registry.create, name)
+    network = timm.create_model("resnet26", num_classes=5, block_args={"attn_layer": make})
+    ours = [m for m in network.modules() if isinstance(m, registry.info(name).make)]
+    assert len(ours) == 8
+    assert network(torch.randn(2, 3, 64, 64)).shape == (2, 5)
