@@ -59,10 +59,14 @@ class Attention(nn.Module):
         "The factors that `forward` multiplies `x` by, each of a shape that broadcasts against it."
         raise NotImplementedError(f"{type(self).__name__} defines no attention maps")
 
-    def forward(self, x: Tensor) -> Tensor:
-        for gate in self.attention_maps(x).values():
-            x = x * gate
+    def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
+        "What `forward` makes of `x` and its maps: the product, unless a mechanism says otherwise."
+        for factor in maps.values():
+            x = x * factor
         return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.recombine(x, self.attention_maps(x))
 
     def extra_repr(self) -> str:
         return str(self.channels)

@@ -24,7 +24,8 @@ MAP = "GnBu_r"  # colour map of feature and attention maps
 
 def house_style() -> None:
     "Set the style of all figures that follow; call it once in a notebook."
-    set_matplotlib_formats("svg")
+    # Without a date in it, the same figure gives the same bytes.
+    set_matplotlib_formats("svg", metadata={"Date": None})
     plt.rcParams.update({
         "font.size": 9.5,
         "axes.spines.top": False,
@@ -35,7 +36,7 @@ def house_style() -> None:
         "legend.frameon": False,
         "lines.linewidth": 1.8,
         "svg.fonttype": "none",  # text, not paths: smaller, and in the page's font
-        "svg.hashsalt": "scsa_book",  # the same figure gives the same bytes
+        "svg.hashsalt": "scsa_book",  # names inside a figure that do not change either
         "figure.constrained_layout.use": True,
     })
 
