@@ -1,0 +1,411 @@
+"""The data sets and the order of their pictures: right when they are there, clear when they are not."""
+
+import errno
+import gzip
+import pickle
+import shutil
+import subprocess
+import sys
+import urllib.error
+from hashlib import md5, sha256
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import CIFAR100
+
+from scsa_book import places
+from scsa_book.data import fashion, images, loading
+from scsa_book.data.images import Draw, load_set
+from scsa_book.places import DataError
+
+
+def draw(dataset, *indices, seed=0):
+    return dataset[Draw(torch.tensor(indices), seed)]
+
+
+# ---- places
+
+
+def test_the_book_is_found_from_inside_and_around_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT / "nbs" / "training")
+    assert places.book_root() == ROOT
+    monkeypatch.chdir(tmp_path)
+    assert places.book_root() == ROOT
+
+
+def test_another_book_wins_over_the_one_around_the_package(tmp_path):
+    (tmp_path / "nbs" / "runs" / "deeper").mkdir(parents=True)
+    (tmp_path / "_quarto.yml").touch()
+    assert places.book_root(tmp_path / "nbs" / "runs" / "deeper") == tmp_path
+
+
+def test_the_data_root_is_the_option_else_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("SCSA_BOOK_DATA", raising=False)
+    assert places.data_root() is None
+    monkeypatch.setenv("SCSA_BOOK_DATA", str(tmp_path))
+    assert places.data_root() == tmp_path
+    assert places.data_root(tmp_path / "given") == tmp_path / "given"
+
+
+# ---- the embedded sample
+
+
+@pytest.fixture
+def sample(tmp_path):
+    "A copy of the sample that may be harmed."
+    return shutil.copytree(ROOT / "data" / "fashion-mnist", tmp_path / "fashion-mnist")
+
+
+def test_the_files_of_the_sample_are_those_that_it_lists():
+    folder = ROOT / "data" / "fashion-mnist"
+    listed = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert {"./LICENSE", "./SOURCE.md"} < set(listed)
+    for name, expected in listed.items():
+        assert sha256((folder / name).read_bytes()).hexdigest() == expected, name
+    for name, expected in fashion.SHA256.items():
+        assert listed[f"./{name}"] == expected
+
+
+def test_the_split_is_whole_disjoint_and_fair():
+    train, test = fashion.load_split("train"), fashion.load_split("test")
+    assert train[0].shape == (8000, 28, 28) and test[0].shape == (2000, 28, 28)
+    both = torch.cat([fashion.split_indices("train"), fashion.split_indices("test")])
+    assert torch.equal(both.sort().values, torch.arange(10_000))
+    assert test[1].bincount().min() >= 180
+
+
+def test_the_split_never_changes():
+    assert fashion.split_indices("test")[:3].tolist() == [4, 9, 14]
+    with pytest.raises(ValueError, match="'train' or 'test'"):
+        fashion.split_indices("valid")
+
+
+@pytest.mark.parametrize("name", fashion.SHA256)
+def test_a_missing_or_damaged_file_of_the_sample_is_named(sample, name):
+    content = bytearray((sample / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (sample / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name} is damaged .*git checkout"):
+        fashion.load_sample(sample)
+    (sample / name).unlink()
+    with pytest.raises(DataError, match=f"no file {name}: .*{sample.name}.*git checkout"):
+        fashion.load_sample(sample)
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    path = tmp_path / "floats.gz"
+    path.write_bytes(gzip.compress(b"\0\0\x0d\x01" + bytes(8)))
+    with pytest.raises(DataError, match="no idx file of bytes"):
+        fashion.read_idx(path)
+
+
+def test_pictures_of_a_figure_go_through_the_classes():
+    x, y = fashion.sample_images(20)
+    assert y.tolist() == [*range(10), *range(10)] and x.shape == (20, 1, 28, 28)
+    assert 0 <= x.min() and x.max() <= 1
+    _, first = fashion.sample_images(20, classes=False)
+    assert torch.equal(first, fashion.load_split("test")[1][:20])
+
+
+def test_a_figure_needs_neither_torchvision_nor_lightning():
+    code = "import sys, scsa_book.data.fashion; print({'torchvision', 'lightning'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# ---- sets
+
+
+def test_mean_and_deviation_are_those_of_the_training_pictures():
+    clothes = load_set("fashion-mnist")
+    pixels = clothes.train.images.float() / 255
+    assert clothes.mean == (round(pixels.mean().item(), 3),)
+    assert clothes.std == (round(pixels.std().item(), 3),)
+
+
+def test_the_fingerprint_is_of_the_pictures(monkeypatch):
+    before = load_set("fashion-mnist").fingerprint
+    assert before == load_set("fashion-mnist", train_images=100).fingerprint
+    real = fashion.load_split
+
+    def changed(split, folder=None):
+        x, y = real(split, folder)
+        x[0, 0, 0] += 1
+        return x, y
+
+    monkeypatch.setattr(fashion, "load_split", changed)
+    assert load_set("fashion-mnist").fingerprint != before
+
+
+def test_few_pictures_keep_the_share_of_each_class():
+    clothes = load_set("fashion-mnist", train_images=130, test_images=10**6)
+    assert clothes.train.labels.bincount().tolist() == [13] * 10
+    assert len(clothes.test) == 2000
+
+
+@pytest.mark.parametrize("name", ["mnist", "folder:", "folder:../secrets", "cifar-100"])
+def test_an_unknown_set_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match="unknown dataset .*fashion-mnist, cifar100, imagenet, folder:NAME"):
+        load_set(name)
+
+
+def test_random_changes_follow_the_seed_and_leave_the_generator_alone():
+    clothes = load_set("fashion-mnist", train_images=64).train
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    first = draw(clothes, *range(64), seed=5)[0]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, draw(clothes, *range(64), seed=5)[0])
+    assert not torch.equal(first, draw(clothes, *range(64), seed=6)[0])
+    mirrored = first == clothes.images.flip(-1)
+    assert ((first == clothes.images) | mirrored).flatten(1).any(1).all()
+
+
+def test_the_generator_comes_back_after_an_error():
+    state = torch.random.get_rng_state()
+    with pytest.raises(KeyError), images.seeded(3):
+        raise KeyError
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# ---- CIFAR-100
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    "Files in CIFAR-100's format with a few random pictures, and torchvision's sums made theirs."
+    folder, generator = tmp_path / CIFAR100.base_folder, np.random.default_rng(0)
+    folder.mkdir()
+
+    def half(n):
+        pixels = generator.integers(0, 256, (n, 3072), dtype=np.uint8)
+        return {"data": pixels, "fine_labels": [i % 100 for i in range(n)]}
+
+    files = {"train": half(200), "test": half(100), "meta": {"fine_label_names": [f"c{i}" for i in range(100)]}}
+    sums = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
+    return tmp_path, files
+
+
+def test_cifar100_is_read(cifar):
+    root, files = cifar
+    found = load_set("cifar100", root)
+    assert len(found.train), len(found.test) == (200, 100)
+    assert found.classes[3] == "c3" and found.train.labels[7] == 7
+    expected = torch.from_numpy(files["test"]["data"][4].reshape(3, 32, 32))
+    assert torch.equal(draw(found.test, 4)[0][0], expected)
+    assert draw(found.train, 0, 1)[0].shape == (2, 3, 32, 32)
+
+
+def test_cifar100_is_found_through_the_environment(cifar, monkeypatch):
+    monkeypatch.setenv("SCSA_BOOK_DATA", str(cifar[0]))
+    assert len(load_set("cifar100", train_images=50).train) == 50
+
+
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+def test_a_missing_or_damaged_file_of_cifar100_is_named(cifar, name):
+    path = cifar[0] / CIFAR100.base_folder / name
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(DataError, match=f"{name} of CIFAR-100 is damaged.*cifar-100-python.tar.gz"):
+        load_set("cifar100", cifar[0])
+    path.unlink()
+    with pytest.raises(DataError, match=f"no file {name} of CIFAR-100: .*cifar-100-python"):
+        load_set("cifar100", cifar[0])
+
+
+def test_a_folder_that_was_named_starts_no_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "download_cifar100", lambda root: pytest.fail("it did"))
+    with pytest.raises(DataError, match="no file train"):
+        load_set("cifar100", tmp_path)
+
+
+def test_a_download_that_fails_says_where_to_get_it(tmp_path, monkeypatch):
+    def offline(*arguments, **options):
+        raise urllib.error.URLError(OSError(errno.ENETUNREACH, "Network is unreachable"))
+
+    monkeypatch.delenv("SCSA_BOOK_DATA", raising=False)
+    monkeypatch.setattr(images, "download_folder", lambda: tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    with pytest.raises(DataError, match="unreachable.*toronto.edu.*data_root, or SCSA_BOOK_DATA"):
+        load_set("cifar100")
+
+
+# ---- folders of pictures
+
+
+@pytest.fixture
+def birds(tmp_path):
+    "ImageNet's layout with two classes; grey, colour and transparent pictures of different sizes."
+    shapes = {"a.png": ("L", (40, 30)), "b.jpg": ("RGB", (300, 400)), "c.png": ("RGBA", (224, 224))}
+    for half in ("train", "val"):
+        for shade, name in ((10, "finch"), (200, "wren")):
+            folder = tmp_path / "birds" / half / name
+            folder.mkdir(parents=True)
+            for file, (mode, size) in shapes.items():
+                Image.new(mode, size, shade if mode == "L" else (shade,) * len(mode)).save(folder / file)
+    return tmp_path
+
+
+def test_a_folder_is_read(birds):
+    found = load_set("folder:birds", birds)
+    assert found.classes == ("finch", "wren") and found.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    for half in (found.train, found.test):
+        x, y = draw(half, 0, 1, 2, 5)
+        assert x.shape == (4, 3, 224, 224) and x.dtype == torch.uint8 and y.tolist() == [0, 0, 0, 1]
+        assert (x[0].float() - 10).abs().max() <= 2 and (x[3].float() - 200).abs().max() <= 2
+
+
+def test_crops_of_a_folder_follow_the_seed(birds):
+    gradient = np.tile(np.arange(250, dtype=np.uint8)[:, None, None], (1, 250, 3))
+    Image.fromarray(gradient).save(birds / "birds" / "train" / "finch" / "a.png")
+    train = load_set("folder:birds", birds).train
+    assert torch.equal(draw(train, 0, seed=1)[0], draw(train, 0, seed=1)[0])
+    assert not torch.equal(draw(train, 0, seed=1)[0], draw(train, 0, seed=2)[0])
+
+
+def test_the_fingerprint_of_a_folder_is_of_names_and_sizes(birds):
+    before = load_set("folder:birds", birds).fingerprint
+    assert load_set("folder:birds", birds).fingerprint == before
+    (birds / "birds" / "val" / "wren" / "a.png").rename(birds / "birds" / "val" / "wren" / "d.png")
+    assert load_set("folder:birds", birds).fingerprint != before
+
+
+def test_few_pictures_of_a_folder(birds):
+    assert load_set("folder:birds", birds, test_images=4).test.labels.tolist() == [0, 1, 0, 1]
+
+
+def harmed(birds, harm):
+    root = birds / "birds"
+    if harm == "empty":
+        shutil.rmtree(root)
+        root.mkdir()
+    elif harm == "no classes":
+        shutil.rmtree(root / "train")
+        (root / "train").mkdir()
+    elif harm == "no pictures":
+        for path in (root / "val" / "wren").iterdir():
+            path.rename(path.with_suffix(".txt"))
+    elif harm == "one class less":
+        shutil.rmtree(root / "val" / "wren")
+    return birds
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("empty", "no folder `train`: .*birds. A folder of pictures has train/CLASS"),
+        ("no classes", "no class folders: .*train. A folder"),
+        ("no pictures", "no pictures of class `wren`: .*val/wren"),
+        ("one class less", "train and val differ: wren"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said(birds, harm, said):
+    with pytest.raises(DataError, match=said):
+        load_set("folder:birds", harmed(birds, harm))
+
+
+def test_a_damaged_picture_is_named(birds):
+    path = birds / "birds" / "train" / "finch" / "b.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    train = load_set("folder:birds", birds).train
+    with pytest.raises(DataError, match=r"cannot decode b.jpg .*train/finch. Replace or remove"):
+        draw(train, 1)
+
+
+def test_a_folder_needs_a_data_root(monkeypatch):
+    monkeypatch.delenv("SCSA_BOOK_DATA", raising=False)
+    with pytest.raises(DataError, match="no data root for imagenet: neither data_root nor SCSA_BOOK_DATA"):
+        load_set("imagenet")
+
+
+# ---- the order of the pictures
+
+
+SIZES = {"total": st.integers(1, 200), "batch": st.integers(2, 50), "world": st.integers(1, 4)}
+
+
+def parts(total, batch, world, shuffle, epoch=3, seed=0):
+    found = []
+    for rank in range(world):
+        draws = loading.EpochDraws(total, batch, seed, shuffle, rank, world)
+        draws.set_epoch(epoch)
+        found.append(list(draws))
+        assert len(draws) == len(found[-1])
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SIZES, shuffle=st.booleans())
+def test_processes_share_each_batch_and_no_picture_comes_twice(total, batch, world, shuffle):
+    found = parts(total, batch, world, shuffle)
+    alone = loading.EpochDraws(total, batch, 0, shuffle)
+    alone.set_epoch(3)
+    seen = []
+    for step, shares in enumerate(zip(*found, strict=True)):
+        together = sorted(i for share in shares for i in share.indices.tolist())
+        assert together == sorted(list(alone)[step].indices.tolist())
+        seen += together
+    assert len(set(seen)) == len(seen)
+    left_out = total - len(seen)
+    assert left_out < 2 * world if shuffle else left_out == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(total=st.integers(20, 200), seed=st.integers(0, 1000), epoch=st.integers(0, 300))
+def test_the_order_follows_from_seed_and_epoch(total, seed, epoch):
+    def order(seed, epoch):
+        draws = loading.EpochDraws(total, 8, seed)
+        draws.set_epoch(epoch)
+        return [(d.indices.tolist(), d.seed) for d in draws]
+
+    assert order(seed, epoch) == order(seed, epoch)
+    assert order(seed, epoch) != order(seed, epoch + 1) != order(seed + 1, epoch)
+
+
+def test_every_training_step_has_two_pictures_a_process():
+    for total in range(2, 40):
+        for share in parts(total, 6, 2, True):
+            assert all(len(d.indices) >= 2 for d in share)
+
+
+def test_testing_goes_through_all_pictures_in_order():
+    draws = loading.EpochDraws(10, 4, seed=1, shuffle=False)
+    assert [d.indices.tolist() for d in draws] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def batches(workers, epochs=(0, 1)):
+    module = loading.ImageModule(load_set("fashion-mnist", train_images=96), 32, seed=4, workers=workers)
+    loader = module.train_dataloader()
+    found = []
+    for epoch in epochs:
+        loader.sampler.set_epoch(epoch)
+        found += [x for x, _ in loader]
+    return torch.stack(found)
+
+
+def test_worker_processes_change_no_picture():
+    assert torch.equal(batches(0), batches(2))
+
+
+def test_loading_draws_nothing_from_the_runs_own_generator():
+    torch.manual_seed(9)
+    state = torch.random.get_rng_state()
+    batches(0)
+    batches(2, epochs=(0,))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_sets_in_memory_need_no_workers_on_a_cpu(birds, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert loading.good_workers(load_set("fashion-mnist").train) == 0
+    assert loading.good_workers(load_set("folder:birds", birds).train) >= 1
