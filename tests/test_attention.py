@@ -35,7 +35,7 @@ NORMALISES_ITS_SUMMARY = {"sk", "bam"}
 # Last layers that start at zero: what comes before them gets its first gradient after one step.
 STARTS_CLOSED = {"non_local", "gc", "cat", "danet_position"}
 # Groups that a narrow map can be split into.
-NARROW = {"sa": {"groups": 4}, "sge": {"groups": 4}}
+NARROW = {"sa": {"groups": 4}, "sge": {"groups": 4}, "ema": {"factor": 8}}
 # Options with which every part of a mechanism is at work, where the default has none to train.
 WITH_PARAMETERS = {"ge": {"variant": "theta+", "extent": 4}}
 
@@ -257,6 +257,17 @@ BAD = [  # mechanism, options, what the message must say: the value, and what wo
     ("cbam", {"kernel": 4}, "kernel=4.*odd"),
     ("cbam", {"reduction": -1}, "reduction=-1.*positive"),
     ("cbam", {"order": "sideways"}, "sideways.*channel-spatial"),
+    ("ela", {"kernel": 4}, "kernel=4.*odd"),
+    ("ela", {"kernel": 0}, "kernel=0.*positive"),
+    ("ela", {"norm_groups": 5}, "channels=32.*norm_groups=5.*norm_groups=1 can"),
+    ("ela", {"conv_width": 12}, "channels=32.*conv_width=12.*conv_width=4 can"),
+    ("ela", {"conv_width": 0}, "conv_width=0.*positive"),
+    ("ca", {"reduction": 0}, "CA: reduction=0.*positive"),
+    ("ca", {"min_hidden": -1}, "CA: min_hidden=-1.*positive"),
+    ("ema", {"factor": 5}, "channels=32.*factor=5.*divides"),
+    ("ema", {"factor": 0}, "EMA: factor=0.*positive"),
+    ("cpca", {"reduction": 0}, "CPCA: reduction=0.*positive"),
+    ("smsa", {"kernels": ()}, "odd"),
     ("smsa", {"kernels": (3, 4, 5, 7)}, "4.*odd"),
     ("smsa", {"kernels": (3, 5, 7)}, "channels=32.*multiple of 3"),
     ("smsa", {"gate": "tanh"}, "tanh.*sigmoid"),
