@@ -74,6 +74,16 @@ def test_sk_equals_timm(train):
     assert relative(ours(x), theirs(x)) < 1e-5
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_ca(train):
+    "Their default has no biases at all and another width of the bottleneck."
+    theirs = pytest.importorskip("timm.layers.coord_attn").CoordAttn(64, rd_channels=8, bias=True).train(train)
+    words = {"conv1": "reduce", "bn1": "norm", "conv_h": "height", "conv_w": "width"}
+    ours = carried(theirs, registry.create("ca", 64).train(train), words)
+    x = torch.randn(2, 64, 9, 14)
+    assert relative(ours(x), theirs(x)) < 1e-6
+
+
 @pytest.mark.parametrize("name", registry.names())
 def test_networks_of_timm_take_ours(name):
     "timm calls `attn_layer(channels, device=..., dtype=...)`, which is our constructor."

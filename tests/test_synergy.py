@@ -1,0 +1,366 @@
+"""The rows of the SCSA ablation, and every other option of its halves, against a literal reading."""
+
+import copy
+import math
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from scsa_book.attention import registry
+from scsa_book.attention.pcsa import PCSA
+from scsa_book.attention.scsa import SCSA
+from scsa_book.attention.scsa_ablation import ABLATIONS
+from scsa_book.attention.smsa import SMSA
+from scsa_book.evidence.cost import cost
+from scsa_book.evidence.published import cells
+
+VERSIONS = ABLATIONS | {
+    "no-scale": {"scale": "none"},
+    "no-windows": {"window": 1},
+    "recombination": {"pool": "recombination", "window": 2},
+    "much-at-once": {
+        "order": "channel-spatial",
+        "kernels": (5, 3),
+        "norm": "batch",
+        "norm_first": True,
+        "shared": False,
+        "heads": 4,
+        "shuffle": True,
+        "scale": "windows",
+        "pool": "recombination",
+        "window": 3,
+        "qkv_bias": True,
+    },
+}
+VERSION = pytest.mark.parametrize("name", VERSIONS)
+
+
+def build(name, channels=16, seed=0, **kw):
+    torch.manual_seed(seed)
+    return SCSA(channels, **VERSIONS[name], **kw)
+
+
+def with_random_values(module):
+    "Nothing is left at one or zero, where a mistake would not be seen."
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.7)
+    for buffer in module.buffers():
+        if buffer.dtype.is_floating_point:
+            nn.init.uniform_(buffer, 0.5, 2)
+    return module
+
+
+# ---- the literal reading -------------------------------------------------------------------------
+
+
+def convolved(z, convs):
+    "Tap by tap, channel by channel: (B, C, L) -> (B, C, L), zeros outside."
+    taps = [row[0] for conv in convs for row in conv.weight]
+    biases = [bias for conv in convs for bias in conv.bias]
+    u = torch.zeros_like(z)
+    for c, (kernel, bias) in enumerate(zip(taps, biases, strict=True)):
+        half = len(kernel) // 2
+        for i in range(z.shape[2]):
+            u[:, c, i] = bias
+            for t in range(-half, half + 1):
+                if 0 <= i + t < z.shape[2]:
+                    u[:, c, i] = u[:, c, i] + kernel[half + t] * z[:, c, i + t]
+    return u
+
+
+def standard(u, dims):
+    mean = u.mean(dims, keepdim=True)
+    return (u - mean) / ((u - mean).square().mean(dims, keepdim=True) + 1e-5).sqrt()
+
+
+def normalised(u, norm, options, training):
+    "Of strips: each of the groups of one sample, or each channel over the batch."
+    if options.get("norm") == "batch":
+        if training:
+            u = standard(u, (0, 2))
+        else:
+            mean, variance = norm.running_mean[:, None], norm.running_var[:, None]
+            u = (u - mean) / (variance + 1e-5).sqrt()
+    else:
+        groups = len(options.get("kernels", (3, 5, 7, 9)))
+        u = torch.cat([standard(part, (1, 2)) for part in u.chunk(groups, 1)], 1)
+    return u * norm.weight[:, None] + norm.bias[:, None]
+
+
+def literal_smsa(x, m, options):
+    sigmoids = []
+    shared = options.get("shared", True)
+    for z, convs, norm in (
+        (x.sum(3) / x.shape[3], m.convs, m.norm_h),
+        (x.sum(2) / x.shape[2], m.convs if shared else m.convs_w, m.norm_w),
+    ):
+        if options.get("norm_first"):
+            u = convolved(normalised(z, norm, options, m.training), convs)
+        else:
+            u = normalised(convolved(z, convs), norm, options, m.training)
+        sigmoids.append(1 / (1 + torch.exp(-u)))
+    return x * sigmoids[0][:, :, :, None] * sigmoids[1][:, :, None, :]
+
+
+def windows_of(x, m, options):
+    "(B, C, N'), window by window."
+    window = options.get("window", 7)
+    h, w = (min(window or side, side) for side in x.shape[2:])
+    found = []
+    for i in range(0, x.shape[2] - h + 1, h):
+        for j in range(0, x.shape[3] - w + 1, w):
+            part = x[:, :, i : i + h, j : j + w]
+            if options.get("pool") == "recombination":
+                laid_out = part.flatten(1)  # channels, then rows, then columns: pixel-unshuffle
+                found.append(laid_out @ m.squeeze.weight.flatten(1).T)
+            else:
+                found.append(part.sum((2, 3)) / (h * w))
+    return torch.stack(found, 2)
+
+
+def literal_pcsa(x, m, options):
+    z = standard(windows_of(x, m, options), (1, 2))
+    z = z * m.norm.weight[:, None] + m.norm.bias[:, None]
+    q, k, v = (z * f.weight[:, 0, 0] for f in (m.q, m.k, m.v))
+    if options.get("qkv_bias"):
+        q, k, v = (t + f.bias[:, None] for t, f in zip((q, k, v), (m.q, m.k, m.v), strict=True))
+    channels, heads = x.shape[1], options.get("heads", 1)
+    d = channels // heads
+    scale = options.get("scale", "channels")
+    root = {"channels": math.sqrt(d), "windows": math.sqrt(z.shape[2]), "none": 1}[scale]
+    gates = torch.zeros(x.shape[:2], dtype=x.dtype)
+    for head in range(heads):
+        members = range(head * d, head * d + d)
+        if options.get("shuffle"):
+            members = range(head, channels, heads)
+        for c in members:
+            e = [torch.exp((q[:, c] * k[:, other]).sum(1) / root) for other in members]
+            mixed = sum(w[:, None] * v[:, o] for w, o in zip(e, members, strict=True)) / sum(e)[:, None]
+            gates[:, c] = 1 / (1 + torch.exp(-mixed.mean(1)))
+    return x * gates[:, :, None, None]
+
+
+def literal(x, module, options):
+    order = options.get("order", "spatial-channel")
+    for half in order.split("-"):
+        if half == "spatial":
+            x = literal_smsa(x, module.smsa, options)
+        else:
+            x = literal_pcsa(x, module.pcsa, options)
+    return x
+
+
+@VERSION
+@pytest.mark.parametrize("size", [(15, 16), (4, 9), (3, 3)], ids=str)
+@pytest.mark.parametrize("train", [False, True])
+def test_equals_the_literal_reading(name, size, train):
+    module = with_random_values(build(name, dtype=torch.float64)).train(train)
+    x = torch.randn(3, 16, *size, dtype=torch.float64)
+    with torch.no_grad():
+        expected = literal(x, module, VERSIONS[name])
+        assert torch.allclose(module(x), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n, o in VERSIONS.items() if o])
+def test_an_option_makes_a_difference(name):
+    "With the default's weights wherever they fit; otherwise an option might be read and forgotten."
+    module, default = build(name), build("scsa")
+    own = module.state_dict()
+    fits = {k: v for k, v in default.state_dict().items() if k in own and own[k].shape == v.shape}
+    module.load_state_dict(fits, strict=False)
+    x = torch.randn(2, 16, 15, 22)
+    assert (module(x) - default(x)).abs().max() > 1e-4
+
+
+# ---- the rows of the paper -----------------------------------------------------------------------
+
+
+def test_the_rows_are_those_of_the_published_table():
+    rows = cells("scsa", "III", metric="top1")
+    assert [re.sub("^.*: | [(].*", "", c.variant) for c in rows] == list(ABLATIONS)
+
+
+# taps and bias of a channel in each half, two norms of a strip, one of the windows, three factors
+PARAMETERS = {
+    "scsa": 6 + 1 + 4 + 2 + 3,
+    "without-smsa": 2 + 3,
+    "without-pcsa": 6 + 1 + 4,
+    "unshared-convolutions": 2 * (6 + 1) + 4 + 2 + 3,
+    "one-branch-k3": 3 + 1 + 4 + 2 + 3,
+    "one-branch-k7": 7 + 1 + 4 + 2 + 3,
+    "two-branches-k3-k7": 5 + 1 + 4 + 2 + 3,
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("channels", [64, 256])
+def test_parameters_of_a_row(name, channels):
+    count = cost(SCSA(channels, **ABLATIONS[name], device="meta"), (channels, 14, 14)).parameters
+    assert count == PARAMETERS.get(name, 16) * channels
+
+
+def test_parameters_of_recombination():
+    count = cost(SCSA(64, pool="recombination", device="meta"), (64, 14, 14)).parameters
+    assert count == 16 * 64 + 49 * 64 * 64
+
+
+def test_multiply_accumulates_of_the_rows():
+    C, H, W = 64, 29, 44
+    strips, factors, pairs = C * (H + W), 3 * C, 2 * C * C
+    N = (29 // 7) * (44 // 7)
+    default = 6 * strips + N * (factors + pairs)
+    expected = dict.fromkeys(ABLATIONS, default) | {
+        "without-smsa": N * (factors + pairs),
+        "without-pcsa": 6 * strips,
+        "without-progressive-compression": 6 * strips + factors + pairs,
+        "multi-head-with-shuffle": 6 * strips + N * (factors + pairs // 8),
+        "one-branch-k3": 3 * strips + N * (factors + pairs),
+        "one-branch-k7": 7 * strips + N * (factors + pairs),
+        "two-branches-k3-k7": 5 * strips + N * (factors + pairs),
+    }
+    measured = {n: cost(SCSA(C, **o, device="meta"), (C, H, W)).macs for n, o in ABLATIONS.items()}
+    assert measured == expected
+
+
+def test_names_of_the_default_stay():
+    "Checkpoints depend on them."
+    convs = [f"smsa.convs.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")]
+    norms = [f"smsa.norm_{axis}.{kind}" for axis in "hw" for kind in ("weight", "bias")]
+    pcsa = ["pcsa.norm.weight", "pcsa.norm.bias", *(f"pcsa.{f}.weight" for f in "qkv")]
+    assert list(SCSA(16).state_dict()) == convs + norms + pcsa
+
+
+# ---- the contract --------------------------------------------------------------------------------
+
+
+def refusal(name, size, batch, train):
+    "What a call on such a map must be refused with, None if it must work."
+    options = VERSIONS[name]
+    if options.get("pool") == "recombination" and min(size) < options["window"]:
+        return f"got a map of {size[0]}x{size[1]}.*window={min(size)} or less.*average"
+    if options.get("norm") == "batch" and train and batch * min(size) == 1:
+        return "more than 1 value per channel"
+    return None
+
+
+@VERSION
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("train", [False, True])
+def test_any_size(name, batch, train):
+    module = build(name).train(train)
+    for size in [(1, 1), (1, 9), (5, 3), (7, 7), (6, 33), (15, 22)]:
+        x = torch.randn(batch, 16, *size)
+        if says := refusal(name, size, batch, train):
+            with pytest.raises(ValueError, match=says):
+                module(x)
+        else:
+            y = module(x)
+            assert y.shape == x.shape and y.dtype == x.dtype and y.isfinite().all()
+    assert all(t.isfinite().all() for t in module.state_dict().values())
+
+
+@VERSION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dtype_and_memory_format_are_kept(name, dtype):
+    module = build(name, dtype=dtype).eval()
+    x = torch.randn(2, 16, 15, 22, dtype=dtype)
+    y, last = module(x), module(x.contiguous(memory_format=torch.channels_last))
+    assert y.dtype == last.dtype == dtype
+    assert y.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
+    exact = build(name, dtype=torch.float64).eval()
+    exact.load_state_dict(module.state_dict())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    expected = exact(x.double())
+    for found in (y, last):
+        assert (found.double() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@VERSION
+def test_maps_are_the_factors_of_forward(name):
+    module, x = build(name).eval(), torch.randn(2, 16, 15, 22)
+    maps = module.attention_maps(x)
+    halves = {"spatial": ["height", "width"], "channel": ["channel"]}
+    order = VERSIONS[name].get("order", "spatial-channel").split("-")
+    assert list(maps) == [key for half in order for key in halves[half]]
+    assert torch.equal(math.prod(maps.values(), start=x), module(x))
+
+
+@VERSION
+def test_gradients(name):
+    module = with_random_values(build(name, dtype=torch.float64)).eval()
+    x = torch.randn(1, 16, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module, x, atol=1e-6, fast_mode=True)
+    weight = torch.randn(2, 16, 15, 22, dtype=torch.float64)
+    (module(torch.randn_like(weight)) * weight).sum().backward()
+    assert [n for n, p in module.named_parameters() if not p.grad.abs().sum() > 0] == []
+
+
+@VERSION
+def test_autocast_and_copies(name):
+    module, x = build(name).eval(), torch.randn(2, 16, 15, 22)
+    y = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (module(x).float() - y).abs().max() < 5e-2 * y.abs().max()
+    other = build(name, seed=1).eval()
+    other.load_state_dict(module.state_dict())
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), other):
+        assert torch.equal(twin(x), y)
+
+
+@VERSION
+def test_compiles_whole_and_exports(name):
+    torch._dynamo.reset()
+    module, graphs = build(name).eval(), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for size in [(15, 22), (16, 23), (30, 29)]:
+        x = torch.randn(2, 16, *size)
+        assert torch.allclose(compiled(x), module(x), atol=1e-6)
+    assert len(graphs) <= 2
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(module, (torch.randn(2, 16, 15, 22),), dynamic_shapes=(batch,))
+    many = torch.randn(5, 16, 15, 22)
+    assert torch.allclose(program.module()(many), module(many), atol=1e-6)
+
+
+# ---- clear errors --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, options, says",
+    [
+        ("scsa", {"order": "sideways"}, "SCSA: order='sideways'.*spatial-channel"),
+        ("smsa", {"norm": "layer"}, "SMSA: norm='layer'.*group, batch"),
+        ("scsa", {"norm": "layer"}, "SMSA: norm='layer'"),
+        ("pcsa", {"scale": "heads"}, "PCSA: scale='heads'.*channels, windows, none"),
+        ("pcsa", {"pool": "recombine"}, "'recombine'.*recombination"),
+        ("pcsa", {"pool": "recombination", "window": None}, "give a window"),
+        ("pcsa", {"pool": "recombination", "window": -1}, "window=-1"),
+    ],
+)
+def test_bad_options_are_told_at_construction(name, options, says):
+    with pytest.raises(ValueError, match=says):
+        registry.create(name, 32, **options)
+
+
+def test_a_half_that_is_left_out_asks_nothing():
+    "Ten channels have no four groups, and need none without SMSA."
+    assert SCSA(10, order="channel")(torch.ones(1, 10, 3, 3)).shape == (1, 10, 3, 3)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        SCSA(10, order="spatial")
+
+
+def test_the_halves_are_the_mechanisms_of_their_own():
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 15, 22)
+    for order, make in (("spatial", SMSA), ("channel", PCSA)):
+        half, whole = make(16), SCSA(16, order=order)
+        next(whole.children()).load_state_dict(half.state_dict())
+        assert torch.equal(whole(x), half(x))
