@@ -32,8 +32,8 @@ def normalises_the_batch(module):
 
 # Batch normalisation after the global mean: in training one image is one value.
 NORMALISES_ITS_SUMMARY = {"sk", "bam"}
-# Last layers that start at zero: what comes before them gets its first gradient after one step.
-STARTS_CLOSED = {"non_local", "gc", "cat", "danet_position"}
+# A layer that starts at zero: what comes before it gets its first gradient after one step.
+STARTS_CLOSED = {"non_local", "gc", "cat", "danet_position", "sa"}
 # Groups that a narrow map can be split into.
 NARROW = {"sa": {"groups": 4}, "sge": {"groups": 4}, "ema": {"factor": 8}}
 # Options with which every part of a mechanism is at work, where the default has none to train.
