@@ -64,6 +64,6 @@ def cost(
     counter = FlopCounterMode(display=False, custom_mapping=dict(convention.extra))
     with torch.no_grad(), counter:
         meta_copy(module)(torch.empty(1, *input_size, device="meta"))
-    counts = counter.get_flop_counts()["Global"]
+    counts = counter.get_flop_counts().get("Global", {})
     macs = sum(n if op in convention.extra else n // 2 for op, n in counts.items())
     return Cost(parameters(module), parameters(module, trainable=True), macs)

@@ -46,7 +46,9 @@ def recorded(variant: str) -> Recording:
         arrays = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
     state = {k.removeprefix("state/"): v for k, v in arrays.items() if k.startswith("state/")}
     rest = {k: v for k, v in arrays.items() if not k.startswith("state/")}
-    return Recording(variant, meta["source"], meta["author_options"], state, **rest)
+    # Some of the authors' constructors never ask for the width.
+    options = {"channels": rest["x"].shape[1]} | meta["author_options"]
+    return Recording(variant, meta["source"], options, state, **rest)
 
 # %% ../../nbs/reference/parity.ipynb #99a51827
 class Agreement(NamedTuple):
