@@ -154,7 +154,7 @@ PAPERMILL = {
 
 
 def run_cells():
-    defaults = "#| echo: true\nattention: str = 'none'\nseed = 0  # which\nepochs = 4"
+    defaults = "#| echo: true\nattention: str = 'none'\nseed = 0  # which\nepochs = 4\nlr = None"
     return [
         new_markdown_cell("# Run\n\n> line"),
         code(defaults, tags=["parameters"]),
@@ -170,13 +170,6 @@ def test_parameters_of_a_run_are_one_block():
         "seed = 3\n# as in the template\nattention: str = 'none'\nepochs = 4"
     )
     assert last == "result"
-
-
-def test_runs_of_one_template_have_titles_of_their_own():
-    where = Path("nbs/results/sample/fashion-mnist_resnet8_scsa_seed1_0f3a9b2c.ipynb")
-    top = cleaned(*run_cells(), where=where, papermill=PAPERMILL)[0]
-    assert 'title: "fashion-mnist resnet8 scsa seed1"' in top and 'description: "line"' in top
-    assert 'title: "Run"' in cleaned(*run_cells(), where=where)[0], "a page that papermill did not make"
 
 
 def test_a_run_says_when_it_was_made_and_from_what():

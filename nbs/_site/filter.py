@@ -159,7 +159,7 @@ def open_callouts(source):
     return CALLOUT.sub(one, source)
 
 
-def front_matter(cells, own_title=None, extra=()):
+def front_matter(cells, extra=()):
     "Move `# Title` and `> one line` of the first Markdown cell into the YAML that Quarto reads."
     first = next((c for c in cells if c["cell_type"] == "markdown"), None)
     head = HEAD.match(text(first)) if first else None
@@ -169,8 +169,7 @@ def front_matter(cells, own_title=None, extra=()):
     given = YAML.match(text(raw))[1] if raw else ""
     lines = []
     if not re.search(r"^title:", given, re.M):
-        title = own_title or head["title"].strip()
-        lines.append(f"title: {json.dumps(title, ensure_ascii=False)}")
+        lines.append("title: " + json.dumps(head["title"].strip(), ensure_ascii=False))
     if head["quote"] and not re.search(r"^description:", given, re.M):
         quote = " ".join(line.lstrip("> ") for line in head["quote"].splitlines())
         lines.append("description: " + json.dumps(quote, ensure_ascii=False))
@@ -204,17 +203,11 @@ def merge_parameters(cells):
     for cell in cells:
         if "parameters" in tags(cell):
             defaults |= assignments(split_head(text(cell))[1])
-    kept = [line for name, line in defaults.items() if name not in given]
+    # A default of None says nothing: such a parameter is left to whoever reads it, the preset for instance.
+    kept = [line for name, line in defaults.items() if name not in given and not line.endswith("= None")]
     if kept:
         injected["source"] = text(injected).rstrip() + "\n# as in the template\n" + "\n".join(kept)
     return [c for c in cells if "parameters" not in tags(c)]
-
-
-def title_of_run(nb, where):
-    "All copies of a template have its title; the id of a run, without its checksum, tells them apart."
-    if where is None or "papermill" not in nb["metadata"]:
-        return None
-    return re.sub(r"_[0-9a-f]{8}$", "", where.stem).replace("_", " ")
 
 
 def provenance(nb):
@@ -276,7 +269,7 @@ def clean(nb, where=None, site=None):
     ways = links(nb, where, site or {}) + provenance(nb)
     # An executed copy is git-ignored: "edit this page" would lead nowhere.
     extra = ["repo-actions: false"] if "papermill" in nb["metadata"] else []
-    kept = front_matter(kept, title_of_run(nb, where), extra)
+    kept = front_matter(kept, extra)
     top = int(bool(kept) and kept[0]["cell_type"] == "raw")
     nb["cells"] = kept[:top] + ways + kept[top:]
     for cell in nb["cells"]:
