@@ -85,9 +85,9 @@ sys.meta_path.insert(0, Missing())
 import torch
 import scsa_book.pooling, scsa_book.gates
 from scsa_book.attention import registry
-x = torch.randn(2, 32, 7, 5)
+x = torch.randn(2, 128, 7, 5)
 for name in registry.names():
-    assert registry.create(name, 32)(x).shape == x.shape
+    assert registry.create(name, 128)(x).shape == x.shape
 print(*registry.names())
 """
 
@@ -95,7 +95,7 @@ print(*registry.names())
 def test_attention_needs_the_core_and_nothing_else():
     layers = requirements("runs_requirements") | requirements("dev_requirements")
     blocked = {normal(spec)[0].replace("-", "_") for spec in layers} | {"IPython", "yaml", "PIL"}
-    assert {"torchvision", "lightning", "matplotlib", "pydantic", "typer", "pandas", "timm"} <= blocked
+    assert {"torchvision", "lightning", "matplotlib", "pydantic", "typer", "scipy", "timm"} <= blocked
     command = [sys.executable, "-c", CORE_ALONE.replace("THESE", repr(blocked))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -193,7 +193,9 @@ def test_default_place_is_that_of_the_authors():
 @pytest.mark.parametrize("name", registry.names())
 @pytest.mark.parametrize("role", POSITIONS)
 def test_every_mechanism_at_every_role_gives_logits_and_gradients(name, role):
-    network = attend(small_resnet(8, 10, in_channels=1), name, position=role)
+    narrow = {"sa": {"groups": 4}, "sge": {"groups": 4}, "ema": {"factor": 8}}  # 16 channels are few
+    options = narrow.get(name, {})
+    network = attend(small_resnet(8, 10, in_channels=1), name, position=role, **options)
     loss = network(torch.randn(2, 1, 28, 28)).square().sum()
     loss.backward()
     silent = [k for k, p in network.named_parameters() if p.grad is None]
@@ -313,14 +315,33 @@ def test_modules_by_pattern():
 def test_channels_are_looked_up_with_an_example():
     network = tiny()
     told = message(attend_modules, network, "layer?", "se")
-    assert "layer1, layer2, layer3" in told and "Sequential" in told and "example=" in told
+    assert "layer1.0, layer2.0, layer3.0" in told and "BasicBlock" in told and "example=" in told
     before = copy.deepcopy(network.state_dict())
     attend_modules(network, "layer?", "se", example=torch.randn(1, 3, 32, 32))
     assert [m.channels for m in attentions(network).values()] == [16, 32, 64]
     assert all(torch.equal(network.state_dict()[k], v) for k, v in before.items())  # no statistics moved
     assert network.training and all(m.training for m in network.modules())
-    assert "layer1.attention" in attentions(network)
+    assert "layer1.0.attention" in attentions(network)
     network(torch.randn(2, 3, 32, 32))
+
+
+def test_attention_at_a_container_is_called_once():
+    "Registered with an `nn.Sequential` it would be one of the layers that the container runs."
+
+    class Count(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x
+
+    for side, name in (("after", "layer2.0.attention"), ("before", "layer2.0.attention")):
+        network = tiny()
+        example = torch.randn(2, 3, 32, 32)
+        attend_modules(network, "layer2", lambda channels: Count(), side=side, example=example)
+        assert list(attentions(network)) == [name]
+        network(example)
+        assert attentions(network)[name].calls == 1
 
 
 def test_own_modules_and_their_options():

@@ -77,7 +77,8 @@ def test_sk_equals_timm(train):
 @pytest.mark.parametrize("train", [False, True])
 def test_ca(train):
     "Their default has no biases at all and another width of the bottleneck."
-    theirs = pytest.importorskip("timm.layers.coord_attn").CoordAttn(64, rd_channels=8, bias=True).train(train)
+    coord_attn = pytest.importorskip("timm.layers.coord_attn")
+    theirs = coord_attn.CoordAttn(64, rd_channels=8, bias=True).train(train)
     words = {"conv1": "reduce", "bn1": "norm", "conv_h": "height", "conv_w": "width"}
     ours = carried(theirs, registry.create("ca", 64).train(train), words)
     x = torch.randn(2, 64, 9, 14)

@@ -362,13 +362,22 @@ def attend_modules(
         raise ValueError(f"side={side!r} must be 'before' or 'after'")
     ours = tuple(name + "." for name in attentions(network))
     names = [n for n, _ in network.named_modules() if n and not f"{n}.".startswith(ours)]
-    sides = {n: side for n in names if _matches(n, pattern)}
+    sides = {_outermost(network, n, side): side for n in names if _matches(n, pattern)}
     if not sides:
         kind = type(network).__name__
         raise ValueError(f"{pattern!r} matches no module of {kind}; it has {_some(names)}")
     create = registry.create if isinstance(attention, str) else _moved
     make = partial(create, attention, **options)
     return _place(network, sides, _widths(network, sides, example), make)
+
+# %% ../../nbs/networks/placement.ipynb #35448ec5
+def _outermost(network: nn.Module, name: str, side: str) -> str:
+    "The module that a container begins or ends with; a module that is none is itself."
+    # An `nn.Sequential` runs every child it has, so an attention must not become one.
+    while isinstance(module := network.get_submodule(name), nn.Sequential) and len(module):
+        child = list(module._modules)[0 if side == "before" else -1]
+        name = _join(name, child)
+    return name
 
 # %% ../../nbs/networks/placement.ipynb #c2058318
 def _moved(make: Callable, channels: int, *, device, dtype, **options) -> nn.Module:

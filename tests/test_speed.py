@@ -1,0 +1,215 @@
+"""The peers that speed is measured against do the same as ours, and the stopwatch counts what it says."""
+
+import copy
+import sys
+from datetime import timedelta
+
+import peers
+import pytest
+import torch
+from conftest import ROOT, cells_of
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from traitlets.config import Config
+
+from scsa_book.attention import registry
+from scsa_book.evidence import speed
+
+CHANNELS = 128  # a multiple of all that the defaults ask for
+EQUATIONS = [("the equations", name) for name in registry.names()]
+TIMM = [("timm", name) for name in peers.TIMM]
+
+
+def pair(source, name):
+    "Ours with weights that hide nothing (some start at zero), and its peer, in double precision."
+    torch.manual_seed(0)
+    ours = registry.create(name, CHANNELS)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    ours = ours.double()
+    make = peers.TIMM[name] if source == "timm" else peers.straightforward(name)
+    return ours, make(ours)
+
+
+def step(module, x):
+    "Output and input gradient."
+    x = x.clone().requires_grad_()
+    y = module(x)
+    y.square().mean().backward()
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(("source", "name"), EQUATIONS + TIMM)
+def test_a_peer_does_the_same_as_ours(source, name, train):
+    if source == "timm":
+        pytest.importorskip("timm")
+    ours, peer = (m.train(train) for m in pair(source, name))
+    x = torch.randn(2, CHANNELS, 14, 15, dtype=torch.double)
+    for a, b in zip(step(ours, x), step(peer, x), strict=True):
+        assert (a - b).abs().max() < 1e-6 * b.abs().max()
+
+
+# ---- what the command does with them
+
+
+@pytest.mark.parametrize("layout", speed.LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", registry.names())
+def test_every_pair_runs_in_every_setting(name, dtype, layout):
+    setting = speed.setting_of("cpu", dtype, layout)
+    x = speed.example((2, CHANNELS, 14, 15), setting)
+    torch.manual_seed(0)
+    ours = registry.create(name, CHANNELS)
+    peer = speed.placed(speed.peers_of_the_book()[name](ours), x)
+    ours = speed.placed(ours, x)
+    y, wanted = speed.forward(peer, x)(), speed.forward(ours, x)()
+    assert y.dtype == wanted.dtype == x.dtype
+    assert (y - wanted).abs().max() < {"float32": 1e-5, "bfloat16": 0.05}[dtype] * wanted.abs().max()
+    assert len(speed.training(peer, x)()) == 1 + len(list(peer.parameters()))
+
+
+def test_a_peer_is_of_timm_where_timm_has_one():
+    pytest.importorskip("timm")
+    found = {name: speed.source(make(registry.create(name, CHANNELS))) for name, make in peers.PEERS.items()}
+    assert {name for name, words in found.items() if words.startswith("timm 1.")} == set(peers.TIMM)
+    assert {words for name, words in found.items() if name not in peers.TIMM} == {"its equations"}
+
+
+def test_memory_is_counted_to_the_byte():
+    cpu, x = torch.device("cpu"), torch.rand(1, 4, 16, 16)
+    assert speed.memory(lambda: x * x.sigmoid(), cpu) == (2 * x.nbytes, x.nbytes)
+    assert speed.memory(lambda: None, cpu) == (0, 0)
+    gate = torch.nn.Sigmoid()  # keeps its output, which is held anyway
+    found = speed.bytes_of(gate, x)
+    assert found["kept"] == 0 and found["forward_peak"] == x.nbytes
+    assert found["training_peak"] >= 2 * x.nbytes  # output and gradient
+
+
+def test_runs_take_turns_in_both_orders(monkeypatch):
+    monkeypatch.setattr(speed, "calls_of", lambda run, device: 1)
+    seen = []
+    runs = {name: lambda name=name: seen.append(name) for name in "abc"}
+    taken = speed.take_turns(runs, torch.device("cpu"), budget=0)
+    assert "".join(seen) == "abccbaabc"
+    assert {len(times) for times in taken.values()} == {speed.LEAST}
+
+
+def test_a_ratio_is_that_of_a_round():
+    found = speed.ratios([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
+    assert (found.low, found.median, found.high) == (1.0, 2.0, 3.0)
+
+
+def test_the_bound_counts_reads_and_a_write():
+    def row(reads):
+        side = dict(forward=SAME, training=SAME, forward_peak=0, training_peak=0, kept=0)
+        return speed.Row(name="x", shape=(1, 1, 1, 1), rounds=1, copy_map=SAME, reads=reads, ours=side)
+
+    assert row(2).distance == pytest.approx(2 / 3) and row(3).distance == pytest.approx(1 / 2)
+    assert speed.reads("scsa") == 3 and speed.reads("se") == 2
+    assert set(speed.READS) | set(speed.SHAPES) <= set(registry.names())
+
+
+SAME = speed.Spread(low=1.0, median=1.0, high=1.0)
+EQUAL = {"se": copy.deepcopy}
+
+
+@pytest.fixture(scope="module")
+def result():
+    return speed.bench_modules(["se", "ge"], device="cpu", peers=EQUAL, shape=(2, 32, 8, 8), budget=0)
+
+
+def test_a_result_is_whole(result):
+    se, ge = result.rows
+    assert (se.name, se.peer, se.rounds, se.shape) == ("se", "its equations", 3, (2, 32, 8, 8))
+    assert se.theirs.kept == se.ours.kept and se.theirs.training_peak == se.ours.training_peak > 0
+    assert ge.peer is ge.theirs is ge.forward_ratio is ge.training_ratio is None
+    assert result.control.name == "se" and result.control.theirs
+    again = speed.ModulesResult.model_validate_json(result.model_dump_json())
+    assert again == result
+
+
+def test_wrong_names_and_settings_are_refused():
+    with pytest.raises(ValueError, match="Did you mean 'scsa'"):
+        speed.bench_modules(["scas"], device="cpu")
+    with pytest.raises(ValueError, match="float32"):
+        speed.bench_modules(["se"], device="cpu", dtype="float31")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device='cpu'"):
+            speed.bench_modules(["se"], device="cuda")
+
+
+def test_the_newest_result_is_found(result, tmp_path):
+    assert speed.newest(tmp_path) is None
+    older = result.model_copy(update={"measured": result.measured - timedelta(days=1)})
+    older.setting = result.setting.model_copy(update={"layout": "channels_last"})
+    for found in (result, older):
+        path = speed.result_path(found, tmp_path)
+        path.write_text(found.model_dump_json())
+    (tmp_path / "modules-broken.json").write_text("{")
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    assert speed.newest(tmp_path) == result
+
+
+def test_the_command_starts_anew_once(monkeypatch):
+    started = []
+    monkeypatch.setattr(speed.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(speed.os, "execve", lambda *given: started.append(given))
+    for name in speed.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    speed.keep_memory()
+    ((program, words, environment),) = started
+    assert program == sys.executable == words[0] and words[1:] == sys.orig_argv[1:]
+    assert speed.SETTINGS.items() <= environment.items()
+    for name, value in speed.SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    speed.keep_memory()
+    assert len(started) == 1
+
+
+def test_the_command_leaves_a_file(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(speed, "keep_memory", lambda: None)
+    monkeypatch.setattr(speed, "SHAPE", (2, 32, 8, 8))
+    monkeypatch.setattr(speed, "results_folder", lambda preset: tmp_path / preset)
+    speed.command(["se"], device="cpu", budget=0)
+    assert not list(tmp_path.iterdir()), "a part would take the place of the whole"
+    monkeypatch.setattr(speed.registry, "names", lambda: ["se"])
+    capsys.readouterr()
+    speed.command(device="cpu", budget=0)
+    (path,) = tmp_path.glob("speed/*.json")
+    assert path.name == "modules-cpu-float32-channels_first.json"
+    assert speed.newest().rows[0].name == "se"
+    said = capsys.readouterr().out
+    assert said.startswith("se ") and str(path) in said
+
+
+# ---- the page
+
+
+def shown(monkeypatch, result):
+    "What the page shows for a result."
+    monkeypatch.setattr(speed, "newest", lambda: result)
+    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    said = []
+    for cell in cells_of(ROOT / "nbs/results/speed.ipynb", "code"):
+        with capture_output():
+            done = shell.run_cell("".join(cell["source"]))
+        done.raise_error()
+        said.append(str(getattr(done.result, "data", done.result)))
+    return "\n".join(said)
+
+
+def test_the_page_without_a_result(monkeypatch):
+    assert "Nothing has been measured here yet" in shown(monkeypatch, None)
+
+
+def test_the_page_with_a_result(monkeypatch, result):
+    result = result.model_copy(deep=True)
+    se = result.rows[0]
+    se.forward_ratio = speed.Spread(low=1.2, median=1.5, high=2.0)
+    se.training_ratio = speed.Spread(low=0.5, median=1.05, high=3.0)
+    page = shown(monkeypatch, result)
+    assert "- `se`, forward: 1.50 (1.20 to 2.00), above 1.1 in every round." in page
+    assert "`se`, training" not in page
+    assert '<a href="../channel/se.ipynb">se</a>' in page and "The map is (2, 32, 8, 8)." in page
