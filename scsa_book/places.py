@@ -17,7 +17,7 @@ def is_book(folder: Path) -> bool:
 
 # %% ../nbs/training/places.ipynb #19e36939
 def book_root(start: Path | str | None = None) -> Path:
-    "The root of the book: upward from `start` (the working directory), else around the package."
+    "The root of the book: upward from `start` (working directory), else around the package."
     here = Path(start or Path.cwd()).resolve()
     around_package = Path(__file__).resolve().parents[1] if "__file__" in globals() else here
     for folder in (here, *here.parents, around_package):

@@ -186,7 +186,11 @@ def cifar(tmp_path, monkeypatch):
         pixels = generator.integers(0, 256, (n, 3072), dtype=np.uint8)
         return {"data": pixels, "fine_labels": [i % 100 for i in range(n)]}
 
-    files = {"train": half(200), "test": half(100), "meta": {"fine_label_names": [f"c{i}" for i in range(100)]}}
+    files = {
+        "train": half(200),
+        "test": half(100),
+        "meta": {"fine_label_names": [f"c{i}" for i in range(100)]},
+    }
     sums = {}
     for name, content in files.items():
         (folder / name).write_bytes(pickle.dumps(content))

@@ -154,7 +154,7 @@ PAPERMILL = {
 
 
 def run_cells():
-    defaults = "#| echo: true\nattention: str = 'none'\nseed = 0  # which\nepochs = 4\nlr = None"
+    defaults = "#| echo: true\nattention: str = 'none'\nseed = 0  # which\nepochs = 4"
     return [
         new_markdown_cell("# Run\n\n> line"),
         code(defaults, tags=["parameters"]),

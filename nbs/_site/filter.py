@@ -203,8 +203,7 @@ def merge_parameters(cells):
     for cell in cells:
         if "parameters" in tags(cell):
             defaults |= assignments(split_head(text(cell))[1])
-    # A default of None says nothing: such a parameter is left to whoever reads it, the preset for instance.
-    kept = [line for name, line in defaults.items() if name not in given and not line.endswith("= None")]
+    kept = [line for name, line in defaults.items() if name not in given]
     if kept:
         injected["source"] = text(injected).rstrip() + "\n# as in the template\n" + "\n".join(kept)
     return [c for c in cells if "parameters" not in tags(c)]

@@ -34,7 +34,7 @@ class Draw(NamedTuple):
 # %% ../../nbs/training/data.ipynb #a6b11f03
 @contextlib.contextmanager
 def seeded(seed: int):
-    "Random numbers of the CPU from `seed` in the block; the generator's state comes back after it."
+    "Random numbers of the CPU from `seed` in the block; after it the generator is as before."
     state = torch.random.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:

@@ -172,7 +172,7 @@ def must_be_known(what: str, name: str, known) -> None:
 
 # %% ../../nbs/training/config.ipynb #de4db6e7
 def configure(preset: str = "sample", **given) -> RunConfig:
-    "A checked configuration: `given` over the defaults of `preset`; None is the preset's value."
+    "A checked configuration: `given` over the values of `preset`; None is the preset's."
     must_be_known("preset", preset, PRESETS)
     for name in given:
         must_be_known("parameter", name, RunConfig.model_fields)

@@ -1,0 +1,279 @@
+"""The command line: a whole run and a whole sweep in a small book of its own, and what mistakes are told."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT
+from filelock import FileLock
+
+from scsa_book import cli
+from scsa_book.training.config import Execution, RunConfig, configure
+from scsa_book.training.result import load_result
+
+TINY = {"train_images": 128, "test_images": 30, "batch_size": 32, "epochs": 1, "warmup_epochs": 0}
+EXPERIMENTS = """
+pair:
+  title: one that works and one that does not
+  preset: sample
+  common: {train_images: 128, test_images: 30, batch_size: 32, epochs: 1, warmup_epochs: 0}
+  runs:
+    - {attention: se}
+    - {lr: 1.0e+30}
+"""
+
+
+def scsa_book(*arguments, cwd, **environment):
+    "The command in a process of its own, as a person types it."
+    command = [sys.executable, "-m", "scsa_book.cli", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+
+
+def said(capsys, *arguments):
+    "Exit code, output and error of a command in this process."
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(arguments))
+    found = capsys.readouterr()
+    return end.value.code, found.out, found.err
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    "A book with the run notebooks, the sample data and one experiment; results of tests stay in it."
+    root = tmp_path_factory.mktemp("book")
+    (root / "_quarto.yml").touch()
+    (root / "nbs" / "runs").mkdir(parents=True)
+    shutil.copy(ROOT / "nbs" / "runs" / "classify.ipynb", root / "nbs" / "runs")
+    (root / "nbs" / "runs" / "experiments.yml").write_text(EXPERIMENTS)
+    (root / "data").symlink_to(ROOT / "data")
+    return root
+
+
+@pytest.fixture(scope="module")
+def swept(book):
+    return scsa_book("sweep", "pair", "--jobs", "2", cwd=book)
+
+
+@pytest.fixture
+def inside(book, monkeypatch):
+    monkeypatch.chdir(book)
+    return book
+
+
+# ---- a sweep
+
+
+def test_a_sweep_makes_what_it_can_and_reports_the_rest(swept, book):
+    good = configure("sample", attention="se", **TINY).id
+    bad = configure("sample", **TINY, lr=1e30).id
+    assert swept.returncode == 1
+    assert swept.stdout.startswith("pair: 2 runs, 0 finished\n")
+    assert re.search(rf"\[\d/2\] {good}  top-1 [\d.]+ %  top-5 [\d.]+ %  of 30 pictures", swept.stdout)
+    assert re.search(rf"\[\d/2\] failed: {bad}: the loss became nan at step 2 of epoch 1", swept.stdout)
+    assert swept.stderr == f"scsa-book: 1 of 2 runs failed: {bad}\n"
+    names = sorted(path.name for path in (book / "nbs" / "results" / "sample").iterdir())
+    assert names == [f"{good}.ipynb", f"{good}.json"], "the other left a result"
+    assert (book / ".cache" / "runs" / bad / "notebook.ipynb").is_file()
+
+
+def test_the_result_of_a_sweep_is_that_of_its_configuration(swept, book):
+    config = configure("sample", attention="se", **TINY)
+    found = load_result(book / "nbs" / "results" / "sample" / f"{config.id}.json")
+    assert found.config == config and found.machine.threads == 1
+
+
+def test_the_page_of_a_run_is_clean_and_of_no_machine(swept, book):
+    path = next((book / "nbs" / "results" / "sample").glob("*.ipynb"))
+    page = nbformat.read(path, 4)
+    assert page.cells[0].source.startswith("# se in resnet8 on fashion-mnist, seed 0\n\n> One network")
+    assert set(page.metadata) == {"kernelspec"}
+    tags = [tag for cell in page.cells for tag in cell.metadata.get("tags", [])]
+    assert tags == ["parameters", "injected-parameters"]
+    assert all(set(cell.metadata) <= {"tags"} for cell in page.cells)
+    assert not any(cell.get("execution_count") for cell in page.cells)
+    text = path.read_text()
+    assert str(book) not in text and str(ROOT) not in text and sys.prefix not in text
+    injected = next(c.source for c in page.cells if "injected-parameters" in c.metadata.get("tags", []))
+    assert 'attention = "se"' in injected and "again" not in injected
+    template = next(c.source for c in page.cells if c.metadata.get("tags") == ["parameters"])
+    assert template.splitlines()[0].startswith('preset = "sample"') and " = None" not in template
+    printed = [o for c in page.cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout"]
+    assert [o["text"].count("epoch ") for o in printed] == [1]
+
+
+def test_links_of_a_page_lead_to_chapters(swept, book):
+    path = next((book / "nbs" / "results" / "sample").glob("*.ipynb"))
+    links = re.findall(r"\]\(([^)]+\.ipynb)\)", path.read_text())
+    assert links
+    for link in links:
+        assert (ROOT / "nbs" / "results" / "sample" / link).resolve().is_file(), link
+
+
+# ---- one run
+
+
+def test_a_finished_run_is_not_repeated(swept, inside, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "execute", lambda *a, **k: pytest.fail("it was"))
+    words = [f"-p{name}={value}" for name, value in TINY.items()]
+    code, out, _ = said(capsys, "run", "classify", "-p", "attention=se", *words)
+    assert code == 0 and out.count("\n") == 1 and "finished before; --again repeats it" in out
+
+
+def test_again_repeats_it(swept, inside, monkeypatch, capsys):
+    given = {}
+    result = load_result(next((inside / "nbs/results/sample").glob("*.json")))
+    monkeypatch.setattr(cli, "execute", lambda task, parameters, *rest: given.update(parameters) or result)
+    words = [f"-p{name}={value}" for name, value in TINY.items()]
+    code, out, _ = said(capsys, "run", "classify", "--again", "-p", "attention=se", *words)
+    assert code == 0 and given["again"] is True and "finished before" not in out
+
+
+def test_a_whole_run_prints_one_line(book):
+    words = [f"-p{name}={value}" for name, value in {**TINY, "attention": "scsa", "seed": 1}.items()]
+    done = scsa_book("run", "classify", *words, cwd=book)
+    config = configure("sample", attention="scsa", seed=1, **TINY)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 and done.stdout.startswith(config.id)
+    assert "epoch 1/1  train_loss" in done.stderr and "Traceback" not in done.stderr
+    folder = book / "nbs" / "results" / "sample"
+    assert (folder / f"{config.id}.json").is_file() and (folder / f"{config.id}.ipynb").is_file()
+    assert not (book / ".cache" / "runs" / config.id / "notebook.ipynb").exists()
+
+
+def test_a_run_without_its_data_says_what_is_missing(book, tmp_path):
+    done = scsa_book("run", "classify", "-p", "dataset=folder:birds", "--data-root", str(tmp_path), cwd=book)
+    assert done.returncode == 1 and done.stdout == ""
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("scsa-book: folder-birds_resnet8_baseline_seed0")
+    assert f"no folder `train`: {tmp_path}/birds. A folder of pictures has train/CLASS" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_another_process_is_at_is_refused_at_once(inside, capsys):
+    config = configure("sample", seed=99)
+    folder = inside / ".cache" / "runs" / config.id
+    folder.mkdir(parents=True)
+    with FileLock(folder / "lock"):
+        code, _, err = said(capsys, "run", "classify", "-p", "seed=99")
+    assert code == 1 and f"{config.id} is being made by another process" in err
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["clasify"], "unknown task 'clasify'. Did you mean 'classify'"),
+        (["classify", "-p", "atention=se"], "unknown parameter 'atention'. Did you mean 'attention'"),
+        (["classify", "-p", "attention=scas"], "unknown attention 'scas'. Did you mean 'scsa'"),
+        (
+            ["classify", "-p", "attention=se", "-p", "options={reducton: 4}"],
+            "unknown option of se 'reducton'",
+        ),
+        (["classify", "-p", "attention=scsa", "-p", "options={heads: 3}"], "channels=16"),
+        (["classify", "-p", "dataset=mnist"], "unknown dataset 'mnist'"),
+        (["classify", "--preset", "smaple"], "unknown preset 'smaple'. Did you mean 'sample'"),
+        (["classify", "-p", "epochs=none"], "epochs='none': "),
+        (["classify", "-p", "devices=0"], "devices=0: "),
+        (["classify", "-p", "seed"], "-p 'seed' is not name=value"),
+        (["classify", "-p", "options={a: "], "the value is not YAML"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(inside, capsys, monkeypatch, words, told):
+    monkeypatch.setattr(cli, "execute", lambda *a, **k: pytest.fail("it was started"))
+    code, out, err = said(capsys, "run", *words)
+    assert code == 2 and out == "" and err.startswith("scsa-book: ") and err.count("\n") == 1
+    assert told in err
+
+
+def test_an_unknown_experiment_lists_the_known_ones(inside, capsys):
+    code, _, err = said(capsys, "sweep", "pear")
+    assert code == 2 and "unknown experiment 'pear'. Did you mean 'pair'" in err
+
+
+def test_a_disk_that_is_full_ends_with_code_1(inside, capsys, monkeypatch):
+    from scsa_book.training.result import DiskError
+
+    def full(*arguments):
+        raise DiskError("cannot write x (No space left on device): 5 bytes needed, 0 free")
+
+    monkeypatch.setattr(cli, "execute", full)
+    code, _, err = said(capsys, "run", "classify", "-p", "seed=98")
+    assert code == 1 and "No space left on device" in err
+
+
+def test_stopping_by_hand_is_no_traceback(inside, capsys, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "execute", stopped)
+    assert said(capsys, "run", "classify", "-p", "seed=97") == (130, "", "")
+
+
+# ---- what there is
+
+
+def test_list_names_everything_and_the_finished_runs(swept, inside, capsys):
+    code, out, _ = said(capsys, "list")
+    assert code == 0
+    for word in ("scsa", "resnet20", "fashion-mnist", "folder:NAME", "paper", "pair"):
+        assert re.search(rf"(^|\s){word}(\s|$)", out), word
+    assert configure("sample", attention="se", **TINY).id in out
+
+
+def test_the_doctor_says_what_is_there_and_what_is_missing(inside, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("SCSA_BOOK_DATA", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, out, _ = said(capsys, "doctor")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if not line.startswith("data root"))
+    assert code == 0 and lines["fashion-mnist"] == "found"
+    assert "torch" in lines["versions"] and str(inside) in lines["book"]
+    assert f"{tmp_path}/cifar-100-python" in lines["cifar100"] and "not here" in lines["imagenet"]
+    assert lines["quarto"].startswith("not found")
+
+
+def test_the_doctor_finds_damaged_data(tmp_path, capsys, monkeypatch):
+    (tmp_path / "nbs" / "runs").mkdir(parents=True)
+    (tmp_path / "_quarto.yml").touch()
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = said(capsys, "doctor")
+    assert code == 0 and re.search(r"fashion-mnist +not here: no file t10k", out)
+
+
+def test_the_ledger_counts_the_cells_of_every_table(capsys):
+    code, out, _ = said(capsys, "ledger")
+    assert code == 0 and re.search(r"^scsa +IV +.*\d+ equal", out, re.M)
+
+
+def test_help_needs_nothing_heavy():
+    code = (
+        "import sys\nfrom scsa_book import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'lightning', 'papermill', 'pydantic', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("run", "sweep", "list", "ledger", "doctor"):
+        assert re.search(rf"^  {command} ", done.stdout, re.M)
+
+
+# ---- the run notebooks
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs" / "runs").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_run_notebook_has_a_parameter_for_every_setting(path):
+    cells = json.loads(path.read_text())["cells"]
+    source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    names = set(re.findall(r"^(\w+) = ", source, re.M))
+    assert names == (set(RunConfig.model_fields) | set(Execution.model_fields)) - {"task"}
+
+
+@pytest.mark.parametrize("word", ["lr=1e-3", "lr=0.001", "lr=.001"])
+def test_numbers_may_be_written_in_any_way(word):
+    assert configure("sample", **cli.parse_parameters([word])).lr == 0.001
