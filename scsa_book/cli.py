@@ -144,7 +144,7 @@ def as_page(notebook, config):
 
 # %% ../nbs/reference/command-line.ipynb #40ddd34b
 def execute(task: str, parameters: dict[str, Any], config, execution, show: bool = True):
-    "Execute a run notebook; its result. RunFailed with the notebook's own words."
+    "Execute a run notebook; its result. RunFailed, or ValueError for missing data, in its words."
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -161,7 +161,8 @@ def execute(task: str, parameters: dict[str, Any], config, execution, show: bool
             extra_arguments=["--IPKernelApp.log_level=50"],  # or it remarks on its connection
         )  # fmt: skip
     except PapermillExecutionError as error:
-        raise RunFailed(f"{config.id}: {error.evalue} ({error.ename}; see {work})") from None
+        kind = ValueError if error.ename == "DataError" else RunFailed
+        raise kind(f"{config.id}: {error.evalue} ({error.ename}; see {work})") from None
     page = nbformat.writes(as_page(done, config)) + "\n"
     write_whole(result_path(config, execution).with_suffix(".ipynb"), page)
     work.unlink()

@@ -147,7 +147,7 @@ def test_a_whole_run_prints_one_line(book):
 
 def test_a_run_without_its_data_says_what_is_missing(book, tmp_path):
     done = scsa_book("run", "classify", "-p", "dataset=folder:birds", "--data-root", str(tmp_path), cwd=book)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     line = done.stderr.splitlines()[-1]
     assert line.startswith("scsa-book: folder-birds_resnet8_baseline_seed0")
     assert f"no folder `train`: {tmp_path}/birds. A folder of pictures has train/CLASS" in line

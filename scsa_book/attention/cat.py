@@ -227,7 +227,7 @@ class ChannelLogits(nn.Module):
 # %% ../../nbs/collaboration/cat.ipynb #8815cdf3
 SUMMARIES = ("add", "stack")
 
-
+# %% ../../nbs/collaboration/cat.ipynb #63d6d05c
 class PlaceLogits(nn.Module):
     "One logit a place: (B, C, H, W) -> (B, 1, H, W)."
 

@@ -13,55 +13,19 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from scsa_book.attention import (
-    bam,
-    ca,
-    cat,
-    cbam,
-    cpca,
-    danet,
-    eca,
-    ela,
-    ema,
-    fca,
-    gc,
-    ge,
-    non_local,
-    pcsa,
-    sa,
-    scsa,
-    se,
-    sge,
-    sk,
-    smsa,
-    strided_sparse,
-)
+    bam, ca, cat, cbam, cpca, danet, eca, ela, ema, fca, gc, ge, non_local,
+    pcsa, sa, scsa, se, sge, sk, smsa, strided_sparse,
+)  # fmt: skip
 from .base import Attention, Entry, load_authors
 
 # %% ../../nbs/reference/registry.ipynb #889fa24d
 ORDER = (
-    se.ENTRY,
-    eca.ENTRY,
-    fca.ENTRY,
-    ge.ENTRY,
-    sk.ENTRY,
-    non_local.ENTRY,
-    gc.ENTRY,
-    danet.POSITION_ENTRY,
-    danet.CHANNEL_ENTRY,
-    strided_sparse.ENTRY,
-    cbam.ENTRY,
-    bam.ENTRY,
-    sge.ENTRY,
-    sa.ENTRY,
-    ca.ENTRY,
-    ema.ENTRY,
-    ela.ENTRY,
-    cpca.ENTRY,
+    se.ENTRY, eca.ENTRY, fca.ENTRY, ge.ENTRY, sk.ENTRY,
+    non_local.ENTRY, gc.ENTRY, danet.POSITION_ENTRY, danet.CHANNEL_ENTRY, strided_sparse.ENTRY,
+    cbam.ENTRY, bam.ENTRY, sge.ENTRY, sa.ENTRY, ca.ENTRY, ema.ENTRY, ela.ENTRY, cpca.ENTRY,
     cat.ENTRY,
-    smsa.ENTRY,
-    pcsa.ENTRY,
-    scsa.ENTRY,
-)
+    smsa.ENTRY, pcsa.ENTRY, scsa.ENTRY,
+)  # fmt: skip
 ENTRIES = {entry.name: entry for entry in ORDER}
 
 
