@@ -393,8 +393,7 @@ class CAT(Collaboration):
             "channel": ChannelLogits(*channel, **kw),
             "spatial": PlaceLogits(*spatial, **kw),
         }
-        both = fusion in FUSIONS[:2]
-        self.fusion = fusion
+        self.fusion, both = fusion, fusion in FUSIONS[:2]
         self.exterior = Factors(2, exterior, **kw) if both else None
         for name in parts if both else fusion.split("-"):
             self.add_module(name, parts[name])
