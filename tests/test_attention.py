@@ -19,9 +19,14 @@ WIDTH = 32  # accepted by the defaults of every mechanism
 MECHANISM = pytest.mark.parametrize("name", NAMES)
 
 
-def build(name, channels=WIDTH, **options):
+def build(name, channels=WIDTH, *, awake=True, **options):
+    "A mechanism with weights from one seed; `awake`: what starts at zero, and hides the rest, gets values."
     torch.manual_seed(0)
-    return registry.create(name, channels, **NARROW.get(name, {}) | options)
+    module = registry.create(name, channels, **NARROW.get(name, {}) | options)
+    for parameter in module.parameters() if awake else ():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+    return module
 
 
 def normalises_the_batch(module):
@@ -32,6 +37,8 @@ def normalises_the_batch(module):
 NORMALISES_ITS_SUMMARY = {"sk", "bam"}
 # A layer that starts at zero: what comes before it gets its first gradient after one step.
 STARTS_CLOSED = {"non_local", "gc", "cat", "danet_position", "sa"}
+# Biases that shift all logits of a softmax alike: no output ever depends on them.
+SHIFTS = {"non_local": {"phi.bias"}, "gc": {"mask.bias"}, "danet_position": {"key.bias"}}
 # Groups that a narrow map can be split into.
 NARROW = {"sa": {"groups": 4}, "sge": {"groups": 4}, "ema": {"factor": 8}}
 # Options with which every part of a mechanism is at work, where the default has none to train.
@@ -51,9 +58,11 @@ def test_every_variant_has_recorded_vectors():
 
 @pytest.mark.parametrize("variant", GOLDEN)
 def test_equals_the_authors_code(variant):
+    # DANet's recording of its channel attention is itself 2e-5 from double precision.
+    bound = 5e-5 if variant == "danet_cam" else 1e-5
     error = parity.agreement(variant)
-    assert error.output < 1e-5
-    assert error.gradient < 1e-5
+    assert error.output < bound
+    assert error.gradient < bound
 
 
 @pytest.mark.parametrize("variant", GOLDEN)
@@ -105,13 +114,13 @@ def test_memory_format_is_kept(name):
     y = module(x.contiguous(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert module(x).is_contiguous()
-    assert torch.allclose(y, module(x), atol=1e-5)
+    assert relative(y, module(x)) < 1e-5
 
 
 @MECHANISM
 def test_maps_are_the_factors_of_forward(name):
     module, x = build(name).eval(), torch.randn(2, WIDTH, 9, 14)
-    assert torch.allclose(module.recombine(x, module.attention_maps(x)), module(x), atol=1e-6)
+    assert relative(module.recombine(x, module.attention_maps(x)), module(x)) < 1e-5
 
 
 @MECHANISM
@@ -123,7 +132,7 @@ def test_gradcheck(name):
 
 @MECHANISM
 def test_every_parameter_gets_a_gradient(name):
-    module = build(name, **WITH_PARAMETERS.get(name, {}))
+    module = build(name, awake=False, **WITH_PARAMETERS.get(name, {})).eval()
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     # The sum alone can be blind: after a normalisation it does not depend on what was normalised.
     x, weight = torch.randn(2, 4, WIDTH, 15, 22)
@@ -131,13 +140,13 @@ def test_every_parameter_gets_a_gradient(name):
     def idle():
         module.zero_grad()
         (module(x) * weight).sum().backward()
-        return [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        return {n for n, p in module.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-5}
 
-    first = idle()
+    first = idle() - SHIFTS.get(name, set())
     assert bool(first) == (name in STARTS_CLOSED), first
     if first:
         optimizer.step()
-        assert idle() == []
+        assert idle() <= SHIFTS.get(name, set())
 
 
 @MECHANISM
@@ -175,7 +184,7 @@ def test_compiles_whole(name):
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     for size in [(15, 22), (16, 23), (30, 29)]:
         x = torch.randn(8, WIDTH, *size)
-        assert torch.allclose(compiled(x), module(x), atol=1e-6)
+        assert relative(compiled(x), module(x)) < 1e-5
     assert len(graphs) <= 2, "one recompilation makes the sizes dynamic; more means a guard on a value"
 
 
@@ -184,7 +193,7 @@ def test_exports(name):
     module, x = build(name).eval(), torch.randn(2, WIDTH, 15, 22)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     many = torch.randn(5, WIDTH, 15, 22)
-    assert torch.allclose(program.module()(many), module(many), atol=1e-6)
+    assert relative(program.module()(many), module(many)) < 1e-5
 
 
 @MECHANISM
@@ -255,6 +264,21 @@ BAD = [  # mechanism, options, what the message must say: the value, and what wo
     ("cbam", {"kernel": 4}, "kernel=4.*odd"),
     ("cbam", {"reduction": -1}, "reduction=-1.*positive"),
     ("cbam", {"order": "sideways"}, "sideways.*channel-spatial"),
+    ("non_local", {"pairwise": "cosine"}, "pairwise='cosine'.*embedded, gaussian"),
+    ("non_local", {"pool": "max"}, "pool='max'.*before, after, none"),
+    ("non_local", {"reduction": 0}, "NonLocal: reduction=0.*positive"),
+    ("gc", {"reduction": 1 / 16}, "reduction=0.0625.*positive"),
+    ("gc", {"min_hidden": 0}, "min_hidden=0.*positive"),
+    ("gc", {"fusion": "multiply"}, "fusion='multiply'.*add, mul, both"),
+    ("gc", {"pool": "max"}, "pool='max'.*attention, average"),
+    ("danet_position", {"reduction": -8}, "PositionAttention: reduction=-8.*positive"),
+    ("strided_sparse", {"patterns": "local"}, r"patterns='local'.*\('local', 'strided'\)"),
+    ("strided_sparse", {"patterns": ("local", "dilated")}, "dilated.*local, strided, fixed"),
+    ("strided_sparse", {"patterns": ("local", "local")}, "must be different"),
+    ("strided_sparse", {"heads": 3}, "channels=32 with heads=3.*multiples of 2"),
+    ("strided_sparse", {"heads": 0}, "heads=0.*positive"),
+    ("strided_sparse", {"stride": 0}, "stride=0.*positive"),
+    ("strided_sparse", {"summary": 0}, "summary=0.*positive"),
     ("sa", {"groups": 64}, "channels=32.*groups=64.*groups=16 would fit"),
     ("sa", {"groups": 0}, "groups=0.*positive"),
     ("sa", {"groups": 4, "transform": "fc"}, "fc.*scale, none, conv"),

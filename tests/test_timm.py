@@ -85,6 +85,20 @@ def test_ca(train):
     assert relative(ours(x), theirs(x)) < 1e-6
 
 
+@pytest.mark.parametrize("fusion, part", [("add", "shift"), ("mul", "scale")])
+def test_gc(fusion, part):
+    add = fusion == "add"
+    theirs = layers.GlobalContext(64, fuse_add=add, fuse_scale=not add, rd_ratio=1 / 8)
+    (theirs.mlp_add if add else theirs.mlp_scale).norm.eps = 1e-5  # the authors'; timm's is 1e-6
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.5)  # their adding branch starts at zero, which anything equals
+    words = {"mlp_add.": f"{part}.", "mlp_scale.": f"{part}."}
+    words |= {"conv_attn": "mask", "fc1": "reduce", "fc2": "expand"}
+    ours = carried(theirs, registry.create("gc", 64, reduction=8, fusion=fusion), words).double()
+    x = torch.randn(2, 64, 9, 14, dtype=torch.double)
+    assert relative(ours(x), theirs.double()(x)) < 1e-12
+
+
 @pytest.mark.parametrize("name", registry.names())
 def test_networks_of_timm_take_ours(name):
     "timm calls `attn_layer(channels, device=..., dtype=...)`, which is our constructor."
