@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from scsa_book.attention import registry
 from scsa_book.data.images import TensorImages, load_set
+from scsa_book.networks.placement import maps_of
 from scsa_book.training import config as configs
 from scsa_book.training import experiments, result, run
 from scsa_book.training.config import ConfigError, Execution, RunConfig, build_network, configure
@@ -241,6 +242,18 @@ def test_a_network_learns(where):
     config = configure("sample", train_images=1500, test_images=500, epochs=3)
     first, _, last = metrics(train(config, where))
     assert last["train_loss"] < first["train_loss"] and last["top1"] > 45, "chance is 10"
+
+
+def test_a_compiled_network_keeps_its_names_and_can_be_looked_into(where, monkeypatch):
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
+    config = tiny(epochs=1, attention="se", compile=True)
+    done = train(config, where)
+    assert list(done.network.state_dict()) == list(build_network(config, 10).state_dict())
+    x = done.task.prepare(pictures(config).test.images[:2])
+    assert {name: maps["channel"].shape[0] for name, maps in maps_of(done.network, x).items()} == {
+        f"layer{i}.0.bn2.attention": 2 for i in (1, 2, 3)
+    }
 
 
 # ---- killed

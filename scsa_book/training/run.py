@@ -359,6 +359,8 @@ def fit(
 # %% ../../nbs/training/run.ipynb #69392f53
 def outcome(task: Classify, history: History, trainer: L.Trainer) -> Outcome:
     "What a run leaves in memory."
+    # A compiled network would pass over the hooks by which one looks into it later.
+    task.network._compiled_call_impl = None
     return Outcome(
         network=task.network.cpu().eval(),
         task=task.cpu().eval(),
