@@ -85,8 +85,9 @@ def test_nothing_stands_above_a_directive(path):
 
 @EACH
 def test_no_output_is_an_error(path):
-    kinds = [o["output_type"] for cell in cells_of(path, "code") for o in cell["outputs"]]
-    assert "error" not in kinds
+    outputs = [o for cell in cells_of(path, "code") for o in cell["outputs"]]
+    assert "error" not in [o["output_type"] for o in outputs]
+    assert not [o["text"] for o in outputs if o.get("name") == "stderr"], "a warning on the page"
 
 
 @EACH
