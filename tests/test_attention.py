@@ -85,7 +85,7 @@ def test_a_state_dict_that_does_not_fit_is_refused(variant):
 
 @MECHANISM
 @settings(max_examples=15, deadline=None)
-@given(batch=st.integers(0, 3), height=st.integers(1, 33), wide=st.integers(1, 33), train=st.booleans())
+@given(batch=st.integers(0, 2), height=st.integers(1, 65), wide=st.integers(1, 65), train=st.booleans())
 def test_any_size(name, batch, height, wide, train):
     module = build(name).train(train)
     if train:
@@ -94,6 +94,19 @@ def test_any_size(name, batch, height, wide, train):
     x = torch.randn(batch, WIDTH, height, wide)
     y = module(x)
     assert y.shape == x.shape and y.dtype == x.dtype and y.isfinite().all()
+
+
+@MECHANISM
+@pytest.mark.parametrize("channels", [8, 16, 64, 256, 2048])
+def test_any_width_or_a_reason(name, channels):
+    try:
+        module = registry.create(name, channels).eval()
+    except ValueError as reason:
+        assert f"channels={channels}" in str(reason)
+        module = build(name, channels).eval() if channels >= 16 else None
+    if module is not None:
+        x = torch.randn(2, channels, 7, 5)
+        assert module(x).shape == x.shape and module(x).isfinite().all()
 
 
 @MECHANISM
