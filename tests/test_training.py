@@ -19,7 +19,7 @@ from filelock import FileLock
 from scsa_book.attention import registry
 from scsa_book.data.images import TensorImages, load_set
 from scsa_book.networks.placement import maps_of
-from scsa_book.training import config as configs
+from scsa_book.training import checkpoints, config as configs, history
 from scsa_book.training import experiments, result, run
 from scsa_book.training.config import ConfigError, Execution, RunConfig, build_network, configure
 from scsa_book.training.result import DiskError, finished, load_result, result_path
@@ -262,32 +262,42 @@ CHILD = """
 import sys, time
 from scsa_book.data.images import load_set
 from scsa_book.training.config import Execution, RunConfig, build_network
-from scsa_book.training.run import Classify, fit
+from scsa_book.training.run import Classify, RunInterrupted, fit
 
 step = Classify.training_step
 
 def waiting(self, batch, batch_idx):
     if (self.trainer.current_epoch, batch_idx) == (2, 3):
         print("in the middle", flush=True)
-        time.sleep(600)
+        while not self.trainer.received_sigterm:
+            time.sleep(0.01)
     return step(self, batch, batch_idx)
 
 Classify.training_step = waiting
 config = RunConfig.model_validate_json(sys.argv[1])
 where = Execution(results_dir=sys.argv[2] + "/results", cache_dir=sys.argv[2] + "/cache", accelerator="cpu")
 images = load_set(config.dataset, None, config.train_images, config.test_images)
-fit(config, build_network(config, 10), images, where)
+try:
+    fit(config, build_network(config, 10), images, where)
+except RunInterrupted as error:
+    print(error, flush=True)
 """
+
+
+def child_in_the_middle(config, tmp_path):
+    "A process that has begun step 4 of epoch 3 and waits there."
+    command = [sys.executable, "-c", CHILD, config.model_dump_json(), str(tmp_path)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert "in the middle\n" in child.stdout
+    return child
 
 
 def test_a_run_that_is_killed_in_mid_epoch_ends_as_if_it_had_not_been(where, tmp_path):
     config = tiny(attention="scsa", options={"dropout": 0.2})
-    command = [sys.executable, "-c", CHILD, config.model_dump_json(), str(tmp_path)]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert "in the middle\n" in child.stdout
+    child = child_in_the_middle(config, tmp_path)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    left = sorted(p.name for p in run.run_folder(config, where).glob("*.ckpt"))
+    left = sorted(p.name for p in checkpoints.run_folder(config, where).glob("*.ckpt"))
     assert left == ["epoch=0000.ckpt", "epoch=0001.ckpt"]
 
     resumed = train(config, where)
@@ -296,6 +306,43 @@ def test_a_run_that_is_killed_in_mid_epoch_ends_as_if_it_had_not_been(where, tmp
     assert [e.epoch for e in resumed.epochs] == [1, 2, 3, 4]
     assert metrics(resumed) == metrics(whole)
     assert bytes_of(resumed.network) == bytes_of(whole.network)
+
+
+def test_a_run_that_is_asked_to_leave_goes_on_from_that_very_step(where, tmp_path):
+    config = tiny(attention="scsa", options={"dropout": 0.2})
+    child = child_in_the_middle(config, tmp_path)
+    child.terminate()
+    said, _ = child.communicate(timeout=60)
+    assert "asked to leave after 2 epochs; the same call goes on" in said and child.returncode == 0
+    left = sorted(p.name for p in checkpoints.run_folder(config, where).glob("*.ckpt"))
+    assert left == ["epoch=0000.ckpt", "epoch=0001.ckpt", "epoch=0002-after-0000004.ckpt"]
+
+    seen, real = [], Classify.training_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classify, "training_step", lambda *a: seen.append(a[2]) or real(*a))
+        resumed = train(config, where)
+    steps = resumed.task.steps_per_epoch
+    assert seen == [*range(4, steps), *range(steps)]  # the rest of epoch 3, and epoch 4
+    whole = train(config, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
+    assert (resumed.starts, [e.epoch for e in resumed.epochs]) == (2, [1, 2, 3, 4])
+    assert metrics(resumed) == metrics(whole)
+    assert bytes_of(resumed.network) == bytes_of(whole.network)
+    assert [p.name for p in checkpoints.run_folder(config, where).glob("*.ckpt")] == ["epoch=0003.ckpt"]
+
+
+def test_too_little_memory_names_what_takes_less(where, monkeypatch):
+    def greedy(self, batch, batch_idx):
+        return torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(Classify, "training_step", greedy)
+    said = r"batch_size=\d+ \(it is \d+\), or precision=bf16-mixed.*can't allocate"
+    with pytest.raises(run.OutOfMemory, match=said):
+        train(tiny(), where)
+
+
+def test_too_little_memory_of_a_gpu_is_known():
+    assert run.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not run.is_out_of_memory(RuntimeError("shapes do not fit"))
 
 
 @pytest.fixture
@@ -316,7 +363,7 @@ def stopped(where, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(stopped, where, tmp_path, capsys):
-    newest = run.run_folder(stopped, where) / "epoch=0001.ckpt"
+    newest = checkpoints.run_folder(stopped, where) / "epoch=0001.ckpt"
     content = bytearray(newest.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 64] = bytes(64)
@@ -329,7 +376,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(stopped, whe
 
 
 def test_when_no_checkpoint_can_be_read_the_run_begins_anew(stopped, where, tmp_path):
-    for path in run.run_folder(stopped, where).glob("*.ckpt"):
+    for path in checkpoints.run_folder(stopped, where).glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:1000])
     resumed = train(stopped, where)
     assert resumed.starts == 1 and len(resumed.epochs) == 4
@@ -337,7 +384,7 @@ def test_when_no_checkpoint_can_be_read_the_run_begins_anew(stopped, where, tmp_
 
 def test_of_a_finished_run_the_last_checkpoint_is_kept_and_used(stopped, where):
     done = train(stopped, where)
-    folder = run.run_folder(stopped, where)
+    folder = checkpoints.run_folder(stopped, where)
     assert [p.name for p in folder.glob("*.ckpt")] == ["epoch=0003.ckpt"]
     again = train(stopped, where)
     assert again.epochs == done.epochs and bytes_of(again.network) == bytes_of(done.network)
@@ -371,10 +418,10 @@ def test_a_run_that_was_interrupted_by_hand_has_no_result(where, monkeypatch):
 
 def test_a_second_process_is_told_so(where):
     config = tiny()
-    folder = run.run_folder(config, where)
+    folder = checkpoints.run_folder(config, where)
     folder.mkdir(parents=True)
     said = f"{config.id} is being trained by another"
-    with FileLock(folder / "lock"), pytest.raises(run.RunBusy, match=said):
+    with FileLock(folder / "lock"), pytest.raises(checkpoints.RunBusy, match=said):
         train(config, where)
     assert not list(folder.glob("*.ckpt"))
 
@@ -385,22 +432,22 @@ def test_a_second_process_is_told_so(where):
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(where):
     config = tiny(lr=1e30, warmup_epochs=0)
     said = r"became nan at step 2 of epoch 1 \(step 2 of the run\).*smaller lr"
-    with pytest.raises(run.NonFiniteLoss, match=said):
+    with pytest.raises(history.NonFiniteLoss, match=said):
         train(config, where)
-    assert not list(run.run_folder(config, where).glob("*.ckpt"))
+    assert not list(checkpoints.run_folder(config, where).glob("*.ckpt"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_watch_finds_the_first_bad_step_among_many(bad):
-    watch = run.LossWatch(tiny(precision="16-mixed"), epoch=2, steps_before=200, every=50)
+    watch = history.LossWatch(tiny(precision="16-mixed"), epoch=2, steps_before=200, every=50)
     for step in range(49):
         watch.add(torch.tensor(bad if step in (36, 40) else 1.0))
-    with pytest.raises(run.NonFiniteLoss, match=f"{bad} at step 37 of epoch 3 .step 237.*precision=32-true"):
+    with pytest.raises(history.NonFiniteLoss, match=f"{bad} at step 37 of epoch 3 .step 237.*precision=32-true"):
         watch.add(torch.tensor(1.0))
 
 
 def test_the_watch_adds_up_what_it_sees():
-    watch = run.LossWatch(tiny(), epoch=0, steps_before=0, every=4)
+    watch = history.LossWatch(tiny(), epoch=0, steps_before=0, every=4)
     for value in range(10):
         watch.add(torch.tensor(float(value)))
     watch.look()

@@ -7,6 +7,7 @@ __all__ = ['derived_seed', 'EpochDraws', 'good_workers', 'loader', 'ImageModule'
 
 # %% ../../nbs/training/loading.ipynb #01e96890
 import hashlib
+import math
 from collections.abc import Iterator
 import lightning as L
 import torch
@@ -32,22 +33,31 @@ class EpochDraws(Sampler):
         shuffle: bool = True,
         rank: int = 0,  # number of this process
         world: int = 1,  # how many processes there are
+        steps: int | None = None,  # of an epoch; None: once through the set
     ):
         self.total, self.batch_size, self.seed, self.shuffle = total, batch_size, seed, shuffle
-        self.rank, self.world, self.epoch = rank, world, 0
+        self.rank, self.world, self.steps = rank, world, steps
+        self.epoch = self.seen = 0  # seen: draws of this epoch that an earlier start had
 
     def set_epoch(self, epoch: int) -> None:
         "Lightning calls this before each epoch."
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.seen = epoch, 0
 
     def order(self) -> torch.Tensor:
-        "All indices in the order of this epoch."
+        "Indices in the order of this epoch: as often through the set as its steps take."
         if not self.shuffle:
             return torch.arange(self.total)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", self.epoch))
-        return torch.randperm(self.total, generator=generator)
+        rounds = math.ceil((self.steps or 0) * self.batch_size / self.total) or 1
+        return torch.cat([self.shuffled(*([turn] if turn else [])) for turn in range(rounds)])
+
+    def shuffled(self, *turn) -> torch.Tensor:
+        seed = derived_seed(self.seed, "order", self.epoch, *turn)
+        return torch.randperm(self.total, generator=torch.Generator().manual_seed(seed))
 
     def __len__(self) -> int:
+        if self.steps:
+            return self.steps
         rest = self.total % self.batch_size
         return self.total // self.batch_size + (rest >= self.smallest)
 
@@ -57,7 +67,8 @@ class EpochDraws(Sampler):
         return 2 * self.world if self.shuffle else 1
 
     def __iter__(self) -> Iterator[Draw]:
-        for number, batch in enumerate(self.order().split(self.batch_size)[: len(self)]):
+        batches = list(enumerate(self.order().split(self.batch_size)[: len(self)]))
+        for number, batch in batches[self.seen :]:
             seed = derived_seed(self.seed, "change", self.epoch, number, self.rank)
             yield Draw(batch[self.rank :: self.world], seed)
 
@@ -92,15 +103,17 @@ class ImageModule(L.LightningDataModule):
         batch_size: int,  # over all processes
         seed: int,
         workers: int | None = None,  # None: good_workers
+        steps: int | None = None,  # of an epoch; None: once through the set
     ):
         super().__init__()
         self.images, self.batch_size = images, batch_size
-        self.seed, self.workers = seed, workers
+        self.seed, self.workers, self.steps = seed, workers, steps
 
     def draws(self, dataset: Dataset, shuffle: bool) -> EpochDraws:
         t = self.trainer  # None while the module stands alone
         rank, world = (t.global_rank, t.world_size) if t else (0, 1)
-        return EpochDraws(len(dataset), self.batch_size, self.seed, shuffle, rank, world)
+        steps = self.steps if shuffle else None
+        return EpochDraws(len(dataset), self.batch_size, self.seed, shuffle, rank, world, steps)
 
     def loader(self, dataset: Dataset, draws: EpochDraws) -> DataLoader:
         workers = good_workers(dataset) if self.workers is None else self.workers
@@ -109,7 +122,10 @@ class ImageModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         draws = self.draws(self.images.train, shuffle=True)
         if self.trainer:
-            draws.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+            loop = self.trainer.fit_loop
+            draws.set_epoch(loop.epoch_progress.current.processed)
+            if loop.epoch_progress.total.processed < loop.epoch_progress.total.started:
+                draws.seen = loop.epoch_loop.batch_progress.current.completed
         return self.loader(self.images.train, draws)
 
     def val_dataloader(self) -> DataLoader:
