@@ -14,22 +14,24 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleBlock
+from torchvision.models.shufflenetv2 import channel_shuffle
 from torchvision.ops import FrozenBatchNorm2d
 
 from scsa_book.attention import registry
 from scsa_book.attention.base import POSITIONS
 from scsa_book.networks.build import build, network_names
 from scsa_book.networks.placement import (
-    BLOCKS,
     attend,
     attend_modules,
     attentions,
     load_stock,
     maps_of,
-    positions,
     reconnect,
 )
-from scsa_book.networks.small import resnet50_small, small_resnet
+from scsa_book.networks.sites import BLOCKS, matches, positions, spots
+from scsa_book.networks.small import resnet50_small, resnet101_small, small_resnet
+from scsa_book.networks.small_mobile import mobilenetv2_small, shufflenetv2_small
 
 
 def on_paper(make, *args, **options):
@@ -94,11 +96,61 @@ def test_counts_of_timm_equal_those_of_torchvision():
     assert size(attend(on_paper(timm.create_model, "mobilenetv2_100"), "scsa")) == 3_619_048
 
 
-def test_counts_of_small_networks():
-    assert size(on_paper(resnet50_small, 100)) == 23_705_252
+CAT_TABLE = {  # the CAT paper's table for CIFAR-100: without, SE, CBAM, ECA, CAT
+    resnet50_small: (23_705_252, 26_220_196, 26_221_764, 23_705_300, 26_221_108),
+    resnet101_small: (42_697_380, 47_440_548, 47_443_782, 42_697_479, 47_442_429),
+    mobilenetv2_small: (2_369_380, 2_397_796, 2_404_710, 2_369_431, 2_398_765),
+    shufflenetv2_small: (1_360_896, 1_401_264, 1_407_008, 1_360_944, 1_402_176),
+}
+CAT_FORMS = {
+    "se": {"bias": False},
+    "cbam": {**CBAM_BARE, "min_hidden": 8},
+    "eca": {"kernel": 3},
+    "cat": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("make", CAT_TABLE)
+def test_counts_of_networks_for_cifar(make):
+    sizes = [size(on_paper(make, 100))]
+    sizes += [size(attend(on_paper(make, 100), name, **form)) for name, form in CAT_FORMS.items()]
+    assert tuple(sizes) == CAT_TABLE[make]
+
+
+def test_official_forms_of_cbam_in_the_mobile_ones():
+    assert size(attend(on_paper(mobilenetv2_small, 100), "cbam")) == 2_401_093
+    assert size(attend(on_paper(shufflenetv2_small, 100), "cbam")) == 1_405_076
+
+
+def test_counts_of_other_networks():
     assert size(on_paper(small_resnet, 20, 10)) == 269_722
-    # SE of the CAT paper's table for CIFAR-100
-    assert size(attend(on_paper(resnet50_small, 100), "se", bias=False)) == 26_220_196
+    # three stacked maps, which the paper's 47.45 M for ResNet-101 needs
+    stacked = attend(on_paper(resnet101_small, 100), "cat", summaries="stack")
+    assert size(stacked) == 47_445_663
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "options", "expected"),
+    [
+        # SKNet-50: 27.48 M by its authors' definition
+        (models.resnext50_32x4d, "sk", {"position": "instead_of_conv2"}, 27_479_784),
+        # BAM and non-local: the formulas of their chapters
+        (models.resnet50, "bam", {"position": "between_stages"}, 25_557_032 + 358_067),
+        (
+            models.resnet50,
+            "non_local",
+            {"position": "after_block", "blocks": ["layer2.[13]", "layer3.[135]"]},
+            25_557_032 + 2 * 526_592 + 3 * 2_101_760,
+        ),
+    ],
+)
+def test_counts_at_other_positions(make, name, options, expected):
+    assert size(attend(on_paper(make), name, **options)) == expected
+
+
+def test_sk_in_its_place_counts_what_timm_counts():
+    ours = attend(on_paper(timm.create_model, "resnext50_32x4d"), "sk", position="instead_of_conv2")
+    assert size(ours) == size(on_paper(timm.create_model, "skresnext50_32x4d"))
 
 
 # ---- places ----
@@ -137,6 +189,12 @@ def by_hand_timm_inverted(block, x, narrow, wide):
     return wide(block.bn3(block.conv_pwl(out))) + x
 
 
+def by_hand_shuffle(block, x, narrow, wide):
+    first, second = x.chunk(2, 1) if block.stride == 1 else (block.branch1(x), x)
+    out = wide(block.branch2[5:](narrow(block.branch2[:5](second))))
+    return channel_shuffle(torch.cat([first, out], 1), 2)
+
+
 def down(width, out):
     return nn.Sequential(nn.Conv2d(width, out, 1, 2, bias=False), nn.BatchNorm2d(out))
 
@@ -144,6 +202,7 @@ def down(width, out):
 IN_BOTTLENECK = (by_hand_bottleneck, "after_conv2", "after_conv3")
 IN_BASIC = (by_hand_basic, "after_conv1", "after_conv2")
 IN_INVERTED = (by_hand_inverted, "before_projection", "after_projection")
+IN_SHUFFLE = (by_hand_shuffle, "inside_branch2", "after_branch2")
 TIMM_BOTTLENECK = timm.models.resnet.Bottleneck
 TIMM_INVERTED = timm.models._efficientnet_blocks.InvertedResidual
 HAND = {
@@ -154,6 +213,8 @@ HAND = {
     "inverted": (lambda: InvertedResidual(32, 32, 1, 6), *IN_INVERTED),
     "inverted, halved": (lambda: InvertedResidual(32, 48, 2, 6), *IN_INVERTED),
     "inverted without expansion": (lambda: InvertedResidual(32, 16, 1, 1), *IN_INVERTED),
+    "shuffle": (lambda: ShuffleBlock(32, 32, 1), *IN_SHUFFLE),
+    "shuffle, halved": (lambda: ShuffleBlock(32, 64, 2), *IN_SHUFFLE),
     "timm bottleneck": (lambda: TIMM_BOTTLENECK(32, 8), by_hand_timm_bottleneck, *IN_BOTTLENECK[1:]),
     "timm inverted": (lambda: TIMM_INVERTED(32, 32, exp_ratio=4), by_hand_timm_inverted, *IN_INVERTED[1:]),
 }
@@ -202,41 +263,148 @@ def test_every_mechanism_at_every_role_gives_logits_and_gradients(name, role):
     assert not silent
 
 
-def test_every_block_of_the_table_exists_in_a_network():
+@pytest.mark.parametrize("kind", HAND)
+def test_after_a_block_means_after_all_of_it(kind):
+    torch.manual_seed(0)
+    stock = shake(HAND[kind][0]()).eval()
+    network = attend(copy.deepcopy(stock), "se", position="after_block", reduction=4)
+    assert list(attentions(network)) == ["attention"]
+    x = torch.randn(2, 32, 9, 7)
+    assert torch.allclose(network(x), network.attention(stock(x)), atol=1e-6)
+    assert not torch.allclose(network(x), stock(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [Bottleneck, TIMM_BOTTLENECK])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_instead_of_the_middle_convolution(block, stride):
+    torch.manual_seed(0)
+    network = shake(block(32, 8, stride, down(32, 32) if stride == 2 else None)).eval()
+    stock = copy.deepcopy(network)
+    attend(network, "sk", position="instead_of_conv2")
+    assert list(attentions(network)) == ["conv2.attention"]
+    x = torch.randn(2, 32, 9, 7)
+    sk = network.conv2.attention
+    activation = nn.functional.relu
+    out = sk(activation(stock.bn1(stock.conv1(x))))[..., ::stride, ::stride]
+    expected = activation(add(stock, x, stock.bn3(stock.conv3(out))))
+    assert torch.allclose(network(x), expected, atol=1e-6)
+    assert expected.shape == stock(x).shape
+    assert not torch.allclose(stock(x), expected, atol=1e-3)
+
+
+def test_stride_of_a_replaced_convolution_is_that_of_its_branches():
+    "Every second position of a branch is what the branch with a stride of 2 gives."
+    torch.manual_seed(0)
+    network = attend(Bottleneck(32, 16, 2, down(32, 64)), "sk", position="instead_of_conv2").eval()
+    x = torch.randn(1, 16, 7, 6)
+    sk = network.conv2.attention
+    shares = sk.attention_maps(x)
+    halved = copy.deepcopy(sk)
+    for branch in halved.branches:
+        branch[0].stride = (2, 2)
+    assert torch.allclose(network.conv2(x), halved.recombine(x, shares), atol=1e-6)
+
+
+def test_stages():
+    expected = {
+        "between_stages": {"layer1.1": 64, "layer2.1": 128, "layer3.1": 256},
+        "after_last_stage": {"layer4.1": 512},
+    }
+    for network in (on_paper(models.resnet18), on_paper(timm.create_model, "resnet18")):
+        for position, blocks in expected.items():
+            assert {n: s.channels for n, s in spots(network, position).items()} == blocks
+    shuffle = on_paper(build, "shufflenet_v2_x1_0", 10)
+    assert list(spots(shuffle, "between_stages")) == ["stage2.3", "stage3.7"]
+    small = small_resnet(8, 10)
+    assert list(spots(small, "between_stages")) == ["layer1.0", "layer2.0"]
+    assert list(spots(small, "after_last_stage")) == ["layer3.0"]
+    assert "between_stages" not in positions(on_paper(models.mobilenet_v2))
+
+
+def test_a_head_on_a_dilated_network():
+    network = models.resnet50(replace_stride_with_dilation=[False, True, True]).eval()
+    body = IntermediateLayerGetter(network, {"layer4": "out"})
+    x = torch.randn(1, 3, 32, 32)
+    before = body(x)["out"]
+    assert before.shape == (1, 2048, 4, 4)
+    attend(body, "danet_position", position="after_last_stage")
+    [(name, head)] = attentions(body).items()
+    assert name == "layer4.2.attention"
+    nn.init.ones_(head.gamma)  # it starts as the identity
+    assert torch.allclose(body(x)["out"], head(before), atol=1e-5)
+    assert not torch.allclose(body(x)["out"], before)
+
+
+def test_every_row_of_the_table_exists_in_a_network():
     "A row of BLOCKS that no network has would never be found wrong."
     networks = [
         on_paper(models.resnet18),
         on_paper(models.resnet50),
         on_paper(models.mobilenet_v2),
+        on_paper(models.shufflenet_v2_x1_0),
         on_paper(timm.create_model, "mobilenetv2_100"),
     ]
-    used = set()
-    for network in networks:
-        for attention in ("se", "scsa"):
-            for name in attentions(attend(copy.deepcopy(network), attention)):
-                block, _, child = name.removesuffix(".attention").rpartition(".")
-                if block.endswith(".conv"):  # torchvision's InvertedResidual holds its layers in `conv`
-                    block, child = block.removesuffix(".conv"), f"conv.{child}"
-                used.add((type(network.get_submodule(block)).__name__, child))
-    assert used == {(kind, site.child) for kind, sites in BLOCKS for site in sites.values()}
+    kinds = dict(BLOCKS)
+    blocks = [m for net in networks for m in net.modules() if type(m).__name__ in kinds]
+    used = {(type(b).__name__, *spots(b, "before_add")) for b in blocks}
+    ends = {n: [s.child for s in sites.values() if s.role == "before_add"] for n, sites in BLOCKS}
+    assert set(ends) == {name for name, _ in used}
+    assert used == {
+        (name, s.child) for name, sites in BLOCKS for s in sites.values() if s.role == "before_add"
+    }
+
+
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "wide_resnet50_2", "resnetv2_50", "resnet50d"])
+def test_variants_of_residual_networks_in_timm(name):
+    "Those with torchvision's bottleneck are known; another order of layers is not taken for it."
+    network = on_paper(timm.create_model, name)
+    if name == "resnetv2_50":
+        assert "attend_modules" in message(positions, network)
+    else:
+        assert list(positions(network))[:2] == ["after_conv2", "after_conv3"]
+        assert len(attentions(attend(network, "se"))) == 16
 
 
 def test_positions_and_their_widths():
+    narrow, wide = (64, 128, 256, 512), (256, 512, 1024, 2048)
     assert positions(on_paper(models.resnet50)) == {
-        "after_conv2": (64, 128, 256, 512),
-        "after_conv3": (256, 512, 1024, 2048),
+        "after_conv2": narrow,
+        "after_conv3": wide,
+        "after_block": wide,
+        "instead_of_conv2": narrow,
+        "between_stages": wide[:3],
+        "after_last_stage": wide[3:],
     }
     late = positions(small_resnet(8, 10), "layer[23].*")
-    assert late == {"after_conv1": (32, 64), "after_conv2": (32, 64)}
+    assert {late[p] for p in ("after_conv1", "after_conv2", "after_block")} == {(32, 64)}
+    assert late["between_stages"] == (32,) and late["after_last_stage"] == (64,)
     hidden = positions(on_paper(models.mobilenet_v2))["before_projection"]
     assert hidden == (32, 96, 144, 192, 384, 576, 960)
+    half = positions(on_paper(models.shufflenet_v2_x1_0))
+    assert half["after_branch2"] == (58, 116, 232) and half["after_block"] == (116, 232, 464)
     wide = positions(on_paper(models.resnext50_32x4d))
     assert wide["after_conv2"] == (128, 256, 512, 1024)
 
 
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ("*", "abc"),
+        ("[ab]", "ab"),
+        (["a", "c"], "ac"),
+        ("!a", "bc"),
+        (["!a", "!b"], "c"),
+        (["[ab]", "!a"], "b"),
+        ((), ""),
+    ],
+)
+def test_patterns(patterns, expected):
+    assert "".join(name for name in "abc" if matches(name, patterns)) == expected
+
+
 def test_chosen_blocks_only():
     network = on_paper(models.mobilenet_v2)
-    attend(network, "scsa", blocks=["features.[2-9]", "features.1?"])  # without the block of expansion 1
+    attend(network, "scsa", blocks="!features.1")  # without the block of expansion 1
     assert "features.1.conv.1.attention" not in attentions(network)
     assert len(attentions(network)) == 16
 
@@ -292,6 +460,13 @@ def test_nothing_is_inserted_when_a_late_block_fails():
     told = message(attend, network, "scsa")
     assert "1.conv2" in told and "6" in told
     assert not attentions(network) and not hasattr(network[0].conv2, "attention")
+
+
+def test_a_layer_that_holds_attention_is_not_replaced():
+    network = attend_modules(ResNet(Bottleneck, [1, 1, 1, 1]), "layer3.0.bn2", "se")
+    told = message(attend, network, "sk", position="instead_of_conv2")
+    assert "layer3.0.bn2" in told and len(attentions(network)) == 1
+    assert isinstance(network.layer1[0].conv2, nn.Conv2d)
 
 
 def test_twice_at_one_place_is_refused_and_at_two_places_is_not():
@@ -410,6 +585,29 @@ def test_its_own_checkpoint_loads_whole():
     assert report.new == () and set(report.loaded) == set(network.state_dict())
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(other.eval()(x), network.eval()(x))
+
+
+def test_replaced_layers_are_reported():
+    stock, network = stock_and_attended("se")
+    attend(network, "sk", position="instead_of_conv2")
+    report = load_stock(network, stock.state_dict())
+    gone = {k for k in stock.state_dict() if ".conv2." in k or ".bn2." in k}
+    assert set(report.replaced) == gone and len(gone) == 4 * 6
+    assert set(report.loaded) == set(stock.state_dict()) - gone
+    assert set(report.new) == {k for k in network.state_dict() if ".attention." in k}
+    assert "24 not used" in str(report)
+    assert load_stock(network, network.state_dict()).replaced == ()
+    spoilt = dict(stock.state_dict())
+    del spoilt["layer1.0.conv3.weight"]
+    assert "missing: layer1.0.conv3.weight" in message(load_stock, network, spoilt)
+
+
+@pytest.mark.parametrize("position", ["after_block", "between_stages", "after_last_stage"])
+def test_stock_weights_load_at_every_position(position):
+    stock, _ = stock_and_attended()
+    network = attend(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5), "se", position=position)
+    report = load_stock(network, stock.state_dict())
+    assert set(report.loaded) == set(stock.state_dict()) and report.replaced == ()
 
 
 def test_old_checkpoints_without_counters_load():
@@ -647,8 +845,91 @@ def test_wrong_shortcut():
 
 @pytest.mark.parametrize("name", network_names())
 def test_every_name_builds_and_takes_attention(name):
-    network = attend(on_paper(build, name, 7, in_channels=1), "scsa").eval()
+    network = attend(on_paper(build, name, 7, in_channels=1), "se").eval()
     assert network(torch.empty(2, 1, 28, 28, device="meta")).shape == (2, 7)
+
+
+CLASSIFIERS = {  # on maps of one position a normalisation sees two values, and gradients explode
+    **dict.fromkeys(("resnet50", "mobilenet_v2", "shufflenet_v2_x1_0"), 64),
+    **dict.fromkeys(("resnet50-small", "mobilenetv2-small", "shufflenetv2-small"), 32),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifiers_load_train_and_evaluate(name):
+    torch.manual_seed(0)
+    stock, network = build(name, 5), attend(build(name, 5), "cbam")
+    assert set(load_stock(network, stock.state_dict()).loaded) == set(stock.state_dict())
+    before = {k: p.detach().clone() for k, p in network.named_parameters()}
+    x, y = torch.randn(2, 3, CLASSIFIERS[name], CLASSIFIERS[name]), torch.tensor([1, 4])
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.01)
+    nn.functional.cross_entropy(network(x), y).backward()
+    optimiser.step()
+    moved = {k for k, p in network.named_parameters() if not torch.equal(p, before[k])}
+    # not all norms: one before ReLU, depthwise convolution and norm changes nothing by its scale
+    kernels = {k for k, p in before.items() if p.ndim == 4 and ".attention." not in k}
+    assert kernels <= moved and any(".attention." in k for k in moved)
+
+    network.eval()
+    with torch.no_grad():
+        logits = network(x)
+    assert logits.shape == (2, 5) and logits.isfinite().all()
+    maps = maps_of(network, x)
+    assert list(maps) == list(attentions(network))
+    assert {tuple(m) for m in maps.values()} == {("channel", "spatial")}
+
+
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [
+        ("sk", "instead_of_conv2"),
+        ("bam", "between_stages"),
+        ("non_local", "after_block"),
+        ("danet_position", "after_last_stage"),
+        ("danet_channel", "after_last_stage"),
+    ],
+)
+def test_other_positions_train_evaluate_copy_and_export(name, position):
+    torch.manual_seed(0)
+    network = attend(ResNet(Bottleneck, [1, 2, 1, 1], num_classes=5), name, position=position)
+    x, y = torch.randn(2, 3, 64, 64), torch.tensor([1, 4])
+    nn.functional.cross_entropy(network(x), y).backward()
+    assert not [k for k, p in network.named_parameters() if p.grad is None]
+    network.eval()
+    expected = network(x)
+    assert expected.isfinite().all()
+    maps = maps_of(network, x)
+    assert list(maps) == list(attentions(network)) and all(maps.values())
+    assert torch.equal(pickle.loads(pickle.dumps(network))(x), expected)
+    assert torch.equal(copy.deepcopy(network)(x), expected)
+    program = torch.export.export(network, (x,))
+    assert torch.allclose(program.module()(x), expected, atol=1e-5)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # no norm calls these
+    assert list(attentions(synced)) == list(maps) and torch.equal(synced(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mobilenetv2-small", {"features.0": 34, "features.3": 17, "features.18": 5}),
+        ("shufflenetv2-small", {"conv1": 32, "stage2": 16, "stage4": 4}),
+        ("resnet101-small", {"conv1": 32, "layer1": 32, "layer4": 4}),
+    ],
+)
+def test_sides_of_the_maps(name, expected):
+    network, seen = on_paper(build, name, 10).eval(), {}
+    for part in expected:
+        note = lambda module, args, y, part=part: seen.update({part: y.shape[-1]})  # noqa: E731
+        network.get_submodule(part).register_forward_hook(note)
+    network(torch.empty(1, 3, 32, 32, device="meta"))
+    assert seen == expected
+
+
+def test_idle_biases_start_at_zero():
+    network = build("mobilenetv2-small", 10)
+    biases = [m.bias for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert sum(b.numel() for b in biases) == 17_056 + 32  # torchvision's layers, and the expansion
+    assert not any(b.any() for b in biases)
 
 
 def test_colour_networks_are_the_stock_ones():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scsa_book.attention import registry
+from scsa_book.networks.placement import attend_modules, attentions, load_stock, maps_of
 
 timm = pytest.importorskip("timm")
 layers = pytest.importorskip("timm.layers")
@@ -107,3 +108,17 @@ def test_networks_of_timm_take_ours(name):
     ours = [m for m in network.modules() if isinstance(m, registry.info(name).make)]
     assert len(ours) == 8
     assert network(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_networks_of_timm_that_are_not_known_take_ours_by_name():
+    network = timm.create_model("convnext_atto", num_classes=5).eval()
+    x = torch.randn(1, 3, 64, 64)
+    attend_modules(network, "*.conv_dw", "eca")
+    attend_modules(network, "stages.[012]", "bam", example=x)
+    names = list(attentions(network))
+    assert len(names) == 12 + 3 and "stages.0.blocks.0.conv_dw.attention" in names
+    assert network.stages[1].attention.channels == 80
+    stock = timm.create_model("convnext_atto", num_classes=5)
+    assert set(load_stock(network, stock.state_dict()).loaded) == set(stock.state_dict())
+    assert set(maps_of(network, x)) == set(names)
+    assert network(x).shape == (1, 5)

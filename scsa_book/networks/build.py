@@ -13,7 +13,10 @@ from torch import nn
 from torchvision import models
 
 from ..attention.registry import unknown
-from .small import initialise, resnet50_small, small_resnet
+from scsa_book.networks.small import (
+    initialise, resnet50_small, resnet101_small, small_resnet,
+)  # fmt: skip
+from .small_mobile import mobilenetv2_small, shufflenetv2_small
 
 # %% ../../nbs/networks/build.ipynb #77ceed2d
 def _for_channels(network: nn.Module, in_channels: int) -> nn.Module:
@@ -34,10 +37,16 @@ def _torchvision(name: str, num_classes: int, in_channels: int) -> nn.Module:
 
 # %% ../../nbs/networks/build.ipynb #2ac0cd4e
 DEPTHS = (8, 14, 20, 32, 44, 56, 110)  # for small images; torchvision has none of these
-STOCK = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2")
+STOCK = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "mobilenet_v2", "shufflenet_v2_x1_0",
+)  # fmt: skip
 NETWORKS: dict[str, Callable] = {  # name -> function of num_classes and in_channels
     **{f"resnet{depth}": partial(small_resnet, depth) for depth in DEPTHS},
     "resnet50-small": resnet50_small,
+    "resnet101-small": resnet101_small,
+    "mobilenetv2-small": mobilenetv2_small,
+    "shufflenetv2-small": shufflenetv2_small,
     **{name: partial(_torchvision, name) for name in STOCK},
 }
 
