@@ -21,7 +21,9 @@ from scsa_book.data.images import TensorImages, load_set
 from scsa_book.networks.placement import maps_of
 from scsa_book.training import checkpoints, config as configs, history
 from scsa_book.training import experiments, result, run
-from scsa_book.training.config import ConfigError, Execution, RunConfig, build_network, configure
+from scsa_book.training.presets import PRESETS
+from scsa_book.training.config import ConfigError, Execution, RunConfig, configure
+from scsa_book.training.tasks import build_network
 from scsa_book.training.result import DiskError, finished, load_result, result_path
 from scsa_book.training.task import Classify, decay, rate_factor
 
@@ -82,7 +84,17 @@ def metrics(done):
         ({"optimizer": "adam"}, "optimizer='adam': .*'sgd' or 'adamw'"),
         ({"precision": "fp16"}, "precision='fp16': .*'bf16-mixed'"),
         ({"seed": -1}, "seed=-1"),
-        ({"task": "draw"}, "task='draw': .*'classify'"),
+        ({"task": "draw"}, "unknown task 'draw'.*classify, detect, segment"),
+        ({"task": "detect", "network": "resnet8"}, "unknown network 'resnet8'.*faster_rcnn"),
+        ({"task": "detect", "dataset": "camvid"}, "unknown dataset 'camvid'.*bccd"),
+        ({"task": "detect", "network": "mask_rcnn", "dataset": "bccd"}, "bccd has boxes and no masks: use scenes"),
+        ({"task": "detect", "data_options": {"crop": 5}}, "unknown data option of the task detect 'crop'"),
+        ({"task": "detect", "data_options": {"scenes": {"noise": 9}}}, "noise=9 must be a number from 0 to 0.5"),
+        ({"task": "detect", "network_options": {"widht": 9}}, "'widht'"),
+        ({"task": "segment", "backbone": "resnet9"}, "unknown network 'resnet9'"),
+        ({"task": "segment", "network": "danet", "attention": "se", "position": "nowhere"}, "no position 'nowhere'"),
+        ({"backbone": "resnet18"}, "backbone and network_options belong to detectors"),
+        ({"data_options": {"augment": "flip"}}, "unknown data option of the task classify 'augment'"),
         ({"options": {"reduction": 4}}, "options are given, but no attention"),
         ({"position": "after_conv2"}, "a position is given, but no attention"),
         ({"schedule": "step"}, "'step' needs milestones"),
@@ -104,11 +116,11 @@ def test_every_mechanism_can_be_asked_for(name):
     assert f"_{name}_" in configure("sample", network="resnet50", attention=name).id
 
 
-@pytest.mark.parametrize("preset", configs.PRESETS)
-def test_every_preset_can_be_asked_for_and_overridden(preset):
-    config = configure(preset, attention="scsa")
-    assert config.preset == preset
-    changed = configure(preset, attention="scsa", lr=0.123, batch_size=7)
+@pytest.mark.parametrize(("task", "preset"), [(task, name) for task in PRESETS for name in PRESETS[task]])
+def test_every_preset_can_be_asked_for_and_overridden(task, preset):
+    config = configure(preset, task=task, attention="scsa")
+    assert (config.task, config.preset) == (task, preset)
+    changed = configure(preset, task=task, attention="scsa", lr=0.123, batch_size=7)
     assert (changed.lr, changed.batch_size) == (0.123, 7)
     assert changed.model_copy(update={"lr": config.lr, "batch_size": config.batch_size}) == config
 
@@ -120,12 +132,25 @@ def test_every_preset_can_be_asked_for_and_overridden(preset):
         ({"network": "mobilenet_v2"}, (400, 96, 0.045, 0.9, 4e-5, "exponential", (), 0.98)),
         ({"paper": "cat", "network": "resnet50"}, (100, 256, 0.1, 0.9, 1e-4, "step", (30, 60, 90), 0.1)),
         ({"paper": "cat", "dataset": "cifar100"}, (200, 128, 0.001, 0.9, 5e-4, "step", (50, 100, 150), 0.1)),
+        ({"task": "detect"}, (12, 2, 0.0025, 0.9, 1e-4, "step", (8, 11), 0.1)),
+        ({"task": "detect", "network": "retinanet"}, (12, 2, 0.00125, 0.9, 1e-4, "step", (8, 11), 0.1)),
+        ({"task": "detect", "paper": "cat", "dataset": "voc0712"}, (18, 8, 0.02, 0.9, 1e-4, "step", (12, 16), 0.1)),
+        ({"task": "segment"}, (10, 16, 0.01, 0.9, 5e-4, "poly", (), 0.1)),
     ],
 )
 def test_recipes_are_those_of_the_papers(given, printed):
     c = configure("paper", **given)
     found = (c.epochs, c.batch_size, c.lr, c.momentum, c.weight_decay, c.schedule, c.milestones, c.gamma)
     assert found == printed and c.optimizer == "sgd"
+
+
+def test_recipes_that_count_steps():
+    steps = {
+        (18, 1000): configure("paper", task="detect", paper="cat", dataset="voc0712"),
+        (9, 10_000): configure("paper", task="detect", paper="cat"),
+        (10, 8000): configure("paper", task="segment"),
+    }
+    assert all((c.epochs, c.epoch_steps) == printed for printed, c in steps.items())
 
 
 def test_ids_never_change():
@@ -151,13 +176,15 @@ def test_every_field_changes_the_id():
     base = RunConfig(attention="se")
     others = {
         "preset": "cpu", "dataset": "cifar100", "train_images": 5, "test_images": 5,
+        "task": "detect", "data_options": {"augment": "none"}, "backbone": "resnet18", "epoch_steps": 7,
+        "network_options": {"width": 16}, "weights": "imagenet", "power": 0.5,
         "network": "resnet20", "attention": "cbam", "position": "before_add", "options": {"reduction": 2},
         "epochs": 2, "batch_size": 8, "optimizer": "adamw", "lr": 1, "momentum": 0, "weight_decay": 0,
         "schedule": "constant", "milestones": (0,), "gamma": 0.5, "warmup_epochs": 0.5,
         "label_smoothing": 0.1, "precision": "bf16-mixed", "channels_last": True, "compile": True, "seed": 1,
     }  # fmt: skip
     ids = [RunConfig(**{"attention": "se", name: value}).id for name, value in others.items()]
-    assert set(RunConfig.model_fields) - set(others) == {"task", "paper"}
+    assert set(RunConfig.model_fields) - set(others) == {"paper"}
     assert len({base.id, *ids}) == len(others) + 1
 
 
@@ -261,7 +288,8 @@ def test_a_compiled_network_keeps_its_names_and_can_be_looked_into(where, monkey
 CHILD = """
 import sys, time
 from scsa_book.data.images import load_set
-from scsa_book.training.config import Execution, RunConfig, build_network
+from scsa_book.training.config import Execution, RunConfig
+from scsa_book.training.tasks import build_network
 from scsa_book.training.run import Classify, RunInterrupted, fit
 
 step = Classify.training_step

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADVICE', 'FULL', 'make_trainer', 'quiet', 'keep_memory', 'room_is_named', 'OutOfMemory', 'is_out_of_memory',
-           'memory_is_named', 'RunInterrupted', 'leaving_is_said', 'synchronised', 'Outcome', 'guarded', 'fit',
-           'outcome', 'make_result', 'save_result']
+           'memory_is_named', 'RunInterrupted', 'leaving_is_said', 'synchronised', 'Outcome', 'task_class', 'guarded',
+           'fit', 'outcome', 'images_seen', 'make_result', 'save_result']
 
 # %% ../../nbs/training/run.ipynb #59b90a33
 import contextlib
@@ -39,7 +39,7 @@ from scsa_book.training.result import (
     Data, Epoch, Machine, RunResult,
     code_state, device_name, disk_error, require_room, result_path, versions, write_whole,
 )  # fmt: skip
-from .task import Classify
+from .task import Classify, Task
 
 # %% ../../nbs/training/run.ipynb #bbac45a7
 def make_trainer(
@@ -60,7 +60,7 @@ def make_trainer(
         enable_progress_bar=bar, enable_model_summary=False,
         num_sanity_val_steps=0,  # would draw from the loaders before the first epoch
         use_distributed_sampler=False,  # our draws know about the other processes
-        benchmark=True,  # all batches have one shape
+        benchmark=config.task == "classify",  # where all batches have one shape
     )  # fmt: skip
 
 # %% ../../nbs/training/run.ipynb #ff371ca8
@@ -163,7 +163,7 @@ class Outcome:
     "A trained network and the history of its training."
 
     network: nn.Module  # in evaluation mode, on the CPU
-    task: Classify
+    task: Task
     epochs: list[Epoch]
     starts: int
     started: datetime
@@ -173,6 +173,14 @@ class Outcome:
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.network.parameters())
+
+# %% ../../nbs/training/run.ipynb #fa006108
+def task_class(name: str) -> type[Task]:
+    "What Lightning trains and tests for a task."
+    from scsa_book.training.detect import Detect
+    from scsa_book.training.segment import Segment
+
+    return {"classify": Classify, "detect": Detect, "segment": Segment}[name]
 
 # %% ../../nbs/training/run.ipynb #89b681bb
 @contextlib.contextmanager
@@ -195,9 +203,12 @@ def fit(
     require_room(folder, needed)
     require_room(result_path(config, execution).parent, 2**20)
     world = execution.devices * execution.nodes
-    steps = len(EpochDraws(len(images.train), config.batch_size, config.seed, world=world))
-    task = Classify(config, synchronised(network, execution), images, steps)
-    data = ImageModule(images, config.batch_size, config.seed, execution.workers)
+    counts = {"world": world, "steps": config.epoch_steps}
+    steps = len(EpochDraws(len(images.train), config.batch_size, config.seed, **counts))
+    network = synchronised(network, execution)
+    task = task_class(config.task)(config, network, images, steps)
+    order = (config.batch_size, config.seed, execution.workers, config.epoch_steps)
+    data = ImageModule(images, *order)
     history = History(config)
     with guarded(config, folder, needed, history):
         if execution.again:
@@ -211,10 +222,10 @@ def fit(
     return outcome(task, history, trainer)
 
 # %% ../../nbs/training/run.ipynb #69392f53
-def outcome(task: Classify, history: History, trainer: L.Trainer) -> Outcome:
+def outcome(task: Task, history: History, trainer: L.Trainer) -> Outcome:
     "What a run leaves in memory."
     # A compiled network would pass over the hooks by which one looks into it later.
-    task.network._compiled_call_impl = None
+    task.compiled._compiled_call_impl = None
     return Outcome(
         network=task.network.cpu().eval(),
         task=task.cpu().eval(),
@@ -226,6 +237,11 @@ def outcome(task: Classify, history: History, trainer: L.Trainer) -> Outcome:
     )
 
 # %% ../../nbs/training/run.ipynb #4ec725e5
+def images_seen(config: RunConfig, images: ImageSet) -> int:
+    "Pictures that an epoch learns from."
+    return (config.epoch_steps or 0) * config.batch_size or len(images.train)
+
+# %% ../../nbs/training/run.ipynb #ab4b4851
 def make_result(config: RunConfig, images: ImageSet, done: Outcome) -> RunResult:
     "The result of a run that has ended."
     train_seconds = sum(e.train_seconds for e in done.epochs)
@@ -236,7 +252,7 @@ def make_result(config: RunConfig, images: ImageSet, done: Outcome) -> RunResult
         epochs=done.epochs,
         parameters=done.parameters,
         seconds=sum(e.seconds for e in done.epochs),
-        images_per_second=len(images.train) * len(done.epochs) / train_seconds,
+        images_per_second=images_seen(config, images) * len(done.epochs) / train_seconds,
         data_wait=sum(e.wait_seconds for e in done.epochs) / train_seconds,
         data=Data(
             name=images.name, fingerprint=images.fingerprint,

@@ -1,0 +1,177 @@
+"""Detection and segmentation are runs like any other: they learn, repeat, resume, and say what they are."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+
+import pytest
+import torch
+from conftest import ROOT
+
+from scsa_book.data.images import Draw
+from scsa_book.networks.placement import attentions, maps_of
+from scsa_book.training import checkpoints, run
+from scsa_book.training.config import Execution, configure
+from scsa_book.training.result import load_result, result_path
+from scsa_book.training.tasks import TASKS, build_network, stock_weights
+from scsa_book.training.task import decay, rate_factor
+
+SCENES = {"scenes": {"side": 64, "objects": 2, "size": 0.5}}
+SMALL = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20, "min_size": 64, "max_size": 64}
+TINY = {"width": 8, "pyramid_channels": 16, "head_channels": 16, "anchor_scale": 4, "min_size": 64, "max_size": 64}
+DETECTORS = {
+    "faster_rcnn": TINY | SMALL,
+    "mask_rcnn": TINY | SMALL,
+    "cascade_rcnn": TINY | SMALL,
+    "retinanet": TINY,
+}
+
+
+def tiny(task, **given):
+    network = given.get("network", "faster_rcnn" if task == "detect" else "upernet")
+    options = DETECTORS.get(network, {"channels": 16})
+    few = {"train_images": 12, "test_images": 6, "batch_size": 4, "epochs": 3, "warmup_epochs": 0, "lr": 0.002}
+    return configure("sample", **{"task": task, "data_options": SCENES, "network_options": options, **few, **given})
+
+
+@pytest.fixture
+def where(tmp_path):
+    return Execution(results_dir=tmp_path / "results", cache_dir=tmp_path / "cache", accelerator="cpu")
+
+
+def train(config, where):
+    images = TASKS[config.task].load(config, where.data_root)
+    with redirect_stdout(StringIO()):
+        done = run.fit(config, build_network(config, len(images.classes)), images, where)
+        return done, run.save_result(config, images, done, where)
+
+
+def bytes_of(network):
+    return {name: value.numpy().tobytes() for name, value in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("network", DETECTORS)
+def test_every_detector_runs_from_configuration_to_result(network, where):
+    config = tiny("detect", network=network, attention="scsa", epochs=1)
+    done, result = train(config, where)
+    assert result == load_result(result_path(config, where))
+    assert {"train_loss", "AP", "AP50", "AP75"} <= set(result.final)
+    assert ("mask_AP" in result.final) == (network == "mask_rcnn")
+    assert all(0 <= result.final[name] <= 100 for name in result.final if "AP" in name)
+    assert len(maps_of(done.network, [torch.rand(3, 64, 64)])) == len(attentions(done.network)) == 8
+
+
+@pytest.mark.parametrize("network", ["upernet", "danet"])
+def test_every_segmenter_runs_from_configuration_to_result(network, where):
+    config = tiny("segment", network=network, attention="se", epochs=1)
+    done, result = train(config, where)
+    assert set(result.final) == {"train_loss", "mIoU", "mAcc", "aAcc"}
+    assert result.id.startswith(f"scenes_{network}_se_seed0_")
+    assert len(maps_of(done.network, torch.rand(1, 3, 64, 64))) == 8
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_two_runs_are_equal_to_the_last_bit_and_workers_change_nothing(task, where, tmp_path):
+    config = tiny(task, epochs=2)
+    first, _ = train(config, where)
+    other = where.model_copy(update={"cache_dir": tmp_path / "other", "workers": 1})
+    second, _ = train(config, other)
+    assert [e.metrics for e in first.epochs] == [e.metrics for e in second.epochs]
+    assert bytes_of(first.network) == bytes_of(second.network)
+
+
+CHILD = """
+import sys, time
+from scsa_book.training.config import Execution, RunConfig
+from scsa_book.training.run import fit, task_class
+from scsa_book.training.tasks import TASKS, build_network
+
+config = RunConfig.model_validate_json(sys.argv[1])
+kind = task_class(config.task)
+step = kind.training_step
+
+def waiting(self, batch, batch_idx):
+    if (self.trainer.current_epoch, batch_idx) == (1, 1):
+        print("in the middle", flush=True)
+        while not self.trainer.received_sigterm:
+            time.sleep(0.01)
+    return step(self, batch, batch_idx)
+
+kind.training_step = waiting
+where = Execution(results_dir=sys.argv[2] + "/results", cache_dir=sys.argv[2] + "/cache", accelerator="cpu")
+images = TASKS[config.task].load(config, None)
+fit(config, build_network(config, len(images.classes)), images, where)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(task, how, where, tmp_path):
+    config = tiny(task, attention="scsa")
+    command = [sys.executable, "-c", CHILD, config.model_dump_json(), str(tmp_path)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "in the middle\n" in child.stdout
+    os.kill(child.pid, how)
+    child.communicate(timeout=60)
+    left = sorted(p.name for p in checkpoints.run_folder(config, where).glob("*.ckpt"))
+    middle = ["epoch=0001-after-0000002.ckpt"] if how == signal.SIGTERM else []
+    assert left == ["epoch=0000.ckpt", *middle]
+    resumed, result = train(config, where)
+    whole, _ = train(config, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
+    assert result.starts == 2 and bytes_of(resumed.network) == bytes_of(whole.network)
+    assert [e.metrics for e in resumed.epochs] == [e.metrics for e in whole.epochs]
+
+
+def test_an_epoch_of_steps_goes_through_the_pictures_as_often_as_it_takes(where):
+    config = tiny("segment", epochs=2, epoch_steps=5)
+    seen = []
+    images = TASKS["segment"].load(config, None)
+    pair = images.train.pair
+    images.train.pair = lambda i: seen.append(i) or pair(i)
+    with redirect_stdout(StringIO()):
+        here = where.model_copy(update={"workers": 0})
+        done = run.fit(config, build_network(config, len(images.classes)), images, here)
+    assert len(seen) == 2 * 5 * 4 and done.task.steps_per_epoch == 5
+    assert sorted(seen[:12]) == sorted(seen[20:32]) == list(range(12))
+
+
+def test_the_polynomial_ends_at_nothing():
+    config = configure("paper", task="segment")
+    assert decay(config, 0) == 1 and decay(config, config.epochs) == 0
+    assert rate_factor(config, 8000, 40_000) == pytest.approx(0.5**0.9)
+
+
+def test_a_backbone_begins_with_the_weights_of_a_file(tmp_path):
+    from torchvision.models import resnet18
+
+    state = resnet18(weights=None).state_dict()
+    torch.save(state, tmp_path / "body.pth")
+    path = str(tmp_path / "body.pth")
+    for task, options in (("detect", TINY | SMALL | {"width": 64}), ("segment", {"channels": 16})):
+        config = tiny(task, attention="scsa", weights=path, network_options=options)
+        body = TASKS[task].body(build_network(config, 4)).state_dict()
+        assert all(torch.equal(value, body[name]) for name, value in state.items() if not name.startswith("fc."))
+
+
+def test_weights_that_are_not_there_are_said():
+    with pytest.raises(ValueError, match="'nowhere.pth' is no file, and not 'imagenet'"):
+        stock_weights("resnet18", "nowhere.pth")
+    with pytest.raises(ValueError, match="torchvision has none for resnet8"):
+        stock_weights("resnet8", "imagenet")
+
+
+def test_objects_that_are_found_exactly_have_a_precision_of_100():
+    config = tiny("detect", network="mask_rcnn")
+    images = TASKS["detect"].load(config, None)
+    task = run.task_class("detect")(config, build_network(config, 10), images, 1)
+    x, targets = images.test[Draw(torch.arange(6))]
+    exact = [
+        {"boxes": t["boxes"], "labels": t["labels"], "scores": torch.ones(len(t["labels"])), "masks": t["masks"][:, None].float()}
+        for t in targets
+    ]
+    task.scores.update(exact, targets)
+    found = task.scores.read()
+    assert found["AP"] == found["mask_AP"] == 100
