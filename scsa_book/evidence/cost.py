@@ -7,12 +7,14 @@ __all__ = ['MATRIX', 'meta_copy', 'Convention', 'Cost', 'parameters', 'cost']
 
 # %% ../../nbs/evidence/cost.ipynb #7ecaba95
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/evidence/cost.ipynb #69623203
@@ -25,13 +27,28 @@ def meta_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo).eval()
 
 # %% ../../nbs/evidence/cost.ipynb #9bf35ae0
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Convention:
     "What a tool counts."
 
     about: str
-    # operation -> its count from the shapes of its arguments, on top of the matrix work
-    extra: Mapping[object, Callable[..., int]] = field(default_factory=dict)
+    # operation, as dispatched -> its count from the shapes of its arguments
+    ops: Mapping[object, Callable[..., int]] = field(default_factory=dict)
+    # class of layers -> the count of one call, from layer, input and output
+    layers: Mapping[type, Callable[[nn.Module, Tensor, Tensor], int]] = field(default_factory=dict)
+    matrix: bool = True  # matrix work counts wherever it is done, not only in `layers`
+    last_call: bool = False  # a layer that is called again counts once
+    kilo: int = 1000  # 1024 where "M" and "G" are powers of two
+
+    @property
+    def mega(self) -> int:
+        "What the tool calls M."
+        return self.kilo**2
+
+    @property
+    def giga(self) -> int:
+        "What the tool calls G."
+        return self.kilo**3
 
 # %% ../../nbs/evidence/cost.ipynb #5aeec087
 MATRIX = Convention("convolutions and matrix products; no biases, norms, pooling, activations")
@@ -53,17 +70,47 @@ def parameters(
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
 # %% ../../nbs/evidence/cost.ipynb #0395df80
+def _rule(convention: Convention, layer: nn.Module) -> Callable | None:
+    classes = (c for c in type(layer).__mro__ if c in convention.layers)
+    return convention.layers.get(next(classes, None))
+
+# %% ../../nbs/evidence/cost.ipynb #ec63730d
+@contextmanager
+def _noting(convention: Convention) -> Iterator[dict[nn.Module, int]]:
+    "What every layer has cost so far."
+    counts: dict[nn.Module, int] = {}
+
+    def note(layer, args, output):
+        if rule := _rule(convention, layer):
+            before = 0 if convention.last_call else counts.get(layer, 0)
+            counts[layer] = before + rule(layer, args[0], output)
+
+    handle = register_module_forward_hook(note)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+# %% ../../nbs/evidence/cost.ipynb #e8232bff
+def _macs(run: Callable[[], object], convention: Convention) -> int:
+    counter = FlopCounterMode(display=False, custom_mapping=dict(convention.ops))
+    with torch.inference_mode(), _noting(convention) as layers, counter:
+        run()
+    found = counter.get_flop_counts().get("Global", {})
+    beside = sum(n for op, n in found.items() if op in convention.ops)
+    matrix = sum(n // 2 for op, n in found.items() if op not in convention.ops)
+    return sum(layers.values()) + beside + (matrix if convention.matrix else 0)
+
+# %% ../../nbs/evidence/cost.ipynb #7c30d4a4
 def cost(
     module: nn.Module,  # on any device; it is not changed and nothing is computed on it
     input_size: tuple[int, int, int] = (3, 224, 224),  # C, H, W of one image or map
     convention: Convention = MATRIX,
+    forward: Callable[[nn.Module, Tensor], object] | None = None,  # what counts; None: the call
 ) -> Cost:
     "Parameters and multiply-accumulates; `ValueError` when `input_size` is not (C, H, W)."
     if len(input_size) != 3 or min(input_size) < 1:
         raise ValueError(f"input_size={input_size!r} is not (channels, height, width)")
-    counter = FlopCounterMode(display=False, custom_mapping=dict(convention.extra))
-    with torch.no_grad(), counter:
-        meta_copy(module)(torch.empty(1, *input_size, device="meta"))
-    counts = counter.get_flop_counts().get("Global", {})
-    macs = sum(n if op in convention.extra else n // 2 for op, n in counts.items())
+    shadow, x = meta_copy(module), torch.empty(1, *input_size, device="meta")
+    macs = _macs(lambda: forward(shadow, x) if forward else shadow(x), convention)
     return Cost(parameters(module), parameters(module, trainable=True), macs)
