@@ -1,7 +1,9 @@
 """The peers that speed is measured against do the same as ours, and the stopwatch counts what it says."""
 
 import copy
+import statistics
 import sys
+import time
 from datetime import timedelta
 
 import peers
@@ -184,12 +186,111 @@ def test_the_command_leaves_a_file(monkeypatch, tmp_path, capsys):
     assert said.startswith("se ") and str(path) in said
 
 
+# ---- networks
+
+
+@pytest.fixture(scope="module")
+def networks():
+    setting = speed.NetworkSetting(device="cpu", network="resnet8", batch=2, size=16)
+    return speed.bench_networks(["se"], setting, peers=EQUAL, budget=0)
+
+
+def test_a_networks_result_is_whole(networks):
+    plain, ours, theirs = networks.rows
+    assert (plain.name, ours.name, theirs.name) == (None, "se", "se")
+    assert (ours.form, theirs.form) == ("ours", "its equations")
+    assert plain.share == SAME and ours.share.median > 0
+    assert ours.bytes_moved == theirs.bytes_moved > plain.bytes_moved > 0
+    assert ours.macs == theirs.macs > plain.macs > 0
+    assert 0 < networks.bound(plain) < networks.bound(ours)
+    again = speed.NetworksResult.model_validate_json(networks.model_dump_json())
+    assert again == networks
+
+
+def test_traffic_counts_a_mechanism_as_one_layer():
+    torch.manual_seed(0)
+    x, module = torch.ones(1, 8, 7, 7), registry.create("scsa", 8)
+    own = sum(p.nbytes for p in module.parameters())
+    assert speed.bytes_moved(torch.nn.Sequential(module), x, "scsa") == own + 4 * x.nbytes
+    peer = speed.Peered("scsa", peers.Straightforward(peers.scsa, module))
+    assert speed.bytes_moved(torch.nn.Sequential(peer), x, "scsa") == own + 4 * x.nbytes
+
+
+def test_a_peer_stands_where_ours_stood():
+    network = speed.attend(speed.build("resnet8", num_classes=10), "scsa")
+    other = speed.with_peers(network, "scsa", peers.straightforward("scsa"))
+    stands = [type(m).__name__ for m in other.modules() if isinstance(m, (speed.Peered, speed.Attention))]
+    assert stands.count("Peered") == sum(type(m).__name__ == "SCSA" for m in network.modules()) == 3
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(network.eval()(x), other.eval()(x), atol=1e-5)
+
+
+def test_the_networks_command_leaves_a_file(monkeypatch, tmp_path, capsys, networks):
+    monkeypatch.setattr(speed, "keep_memory", lambda: None)
+    monkeypatch.setattr(speed, "results_folder", lambda preset: tmp_path / preset)
+    monkeypatch.setattr(speed, "bench_networks", lambda names, setting, budget: networks)
+    how = {"device": "cpu", "dtype": "float32", "layout": "channels_last", "compiled": False}
+    speed.networks_command(["se"], network="resnet8", batch=2, size=16, **how)
+    (path,) = tmp_path.glob("speed/*.json")
+    assert path.name == "networks-resnet8-cpu-float32-channels_last.json"
+    assert speed.network_results() == [networks]
+    assert "noise: " in capsys.readouterr().out
+
+
+# ---- ours are the faster ones
+
+
+def best_ratio(name, shape, layout, attempts=4):
+    "Times as fast as the equations, in processor time of one thread: the best of some medians."
+    torch.manual_seed(0)
+    ours = registry.create(name, shape[1]).eval()
+    peer = peers.straightforward(name)(ours)
+    x = torch.randn(*shape).contiguous(memory_format=layout)
+
+    def taken(module):
+        start = time.process_time()
+        for _ in range(5):
+            module(x)
+        return time.process_time() - start
+
+    with torch.no_grad():
+        rounds = [[taken(peer) / taken(ours) for _ in range(7)] for _ in range(attempts)]
+    return max(map(statistics.median, rounds))
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+FIRST, LAST = torch.contiguous_format, torch.channels_last
+GOALS = [  # what was aimed at; seven tenths of it must be there on any day
+    ("scsa", (8, 256, 14, 14), FIRST, 1.8),
+    ("scsa", (8, 512, 7, 7), FIRST, 1.8),
+    ("scsa", (8, 128, 28, 28), FIRST, 1.8),
+    ("scsa", (8, 128, 28, 28), LAST, 2.5),
+    ("ema", (4, 256, 56, 56), FIRST, 1.2),
+    ("cat", (2, 256, 56, 56), FIRST, 1.2),
+    ("cbam", (4, 256, 56, 56), FIRST, 1.2),
+]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("name", "shape", "layout", "goal"), GOALS, ids=str)
+def test_the_fast_path_is_fast(name, shape, layout, goal):
+    assert best_ratio(name, shape, layout) > 0.7 * goal
+
+
 # ---- the page
 
 
-def shown(monkeypatch, result):
+def shown(monkeypatch, result, networks=()):
     "What the page shows for a result."
     monkeypatch.setattr(speed, "newest", lambda: result)
+    monkeypatch.setattr(speed, "network_results", lambda: list(networks))
     shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
     said = []
     for cell in cells_of(ROOT / "nbs/results/speed.ipynb", "code"):
@@ -201,7 +302,14 @@ def shown(monkeypatch, result):
 
 
 def test_the_page_without_a_result(monkeypatch):
-    assert "Nothing has been measured here yet" in shown(monkeypatch, None)
+    page = shown(monkeypatch, None)
+    assert "Nothing has been measured here yet" in page
+    assert "No network has been measured here yet" in page
+
+
+def test_the_page_with_networks(monkeypatch, networks):
+    page = shown(monkeypatch, None, [networks])
+    assert "resnet8 + se, its equations" in page and "No network has been" not in page
 
 
 def test_the_page_with_a_result(monkeypatch, result):

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 
+import peers
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from scsa_book.attention.pcsa import PCSA
 from scsa_book.attention.scsa import SCSA
 from scsa_book.attention.scsa_ablation import ABLATIONS
 from scsa_book.attention.smsa import SMSA
+from scsa_book.evidence import speed
 from scsa_book.evidence.cost import cost
 from scsa_book.evidence.published import cells
 
@@ -285,7 +287,7 @@ def test_maps_are_the_factors_of_forward(name):
     halves = {"spatial": ["height", "width"], "channel": ["channel"]}
     order = VERSIONS[name].get("order", "spatial-channel").split("-")
     assert list(maps) == [key for half in order for key in halves[half]]
-    assert torch.equal(math.prod(maps.values(), start=x), module(x))
+    assert torch.allclose(math.prod(maps.values(), start=x), module(x), rtol=1e-5, atol=1e-6)
 
 
 @VERSION
@@ -328,6 +330,74 @@ def test_compiles_whole_and_exports(name):
     program = torch.export.export(module, (torch.randn(2, 16, 15, 22),), dynamic_shapes=(batch,))
     many = torch.randn(5, 16, 15, 22)
     assert torch.allclose(program.module()(many), module(many), atol=1e-6)
+
+
+# ---- the fast path: `attention_maps` is the definition -----------------------------------------------
+
+
+@VERSION
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize("size", [(15, 22), (7, 7), (56, 9)], ids=str)
+def test_the_fast_path_is_the_definition(name, last, size):
+    "Output and all gradients; with gradients and without, two paths of their own."
+    module = with_random_values(build(name, dtype=torch.float64)).eval()
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(3, 16, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    weight, wanted = torch.randn_like(x), [x, *module.parameters()]
+    y = module(x)
+    expected = module.recombine(x, module.attention_maps(x))
+    with torch.no_grad():
+        assert torch.allclose(module(x), expected)
+    assert torch.allclose(y, expected)
+    found = torch.autograd.grad((y * weight).sum(), wanted)
+    for a, b in zip(found, torch.autograd.grad((expected * weight).sum(), wanted), strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_gradients_of_gradients():
+    module = with_random_values(build("scsa", 8, dtype=torch.float64)).eval()
+    x = torch.randn(1, 8, 9, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(module, x, atol=1e-5, fast_mode=True)
+
+
+def test_the_input_is_left_alone():
+    "The last product takes the place of the first, never that of the input."
+    for name, channels in (("scsa", 16), ("smsa", 16), ("pcsa", 16), ("cbam", 16), ("ca", 16), ("cat", 16)):
+        module, x = registry.create(name, channels).eval(), torch.randn(2, channels, 14, 15)
+        before = x.clone()
+        with torch.no_grad():
+            y = module(x)
+            assert torch.equal(x, before) and y.data_ptr() != x.data_ptr()
+            assert torch.allclose(y, module(x.clone().requires_grad_()), atol=1e-6)
+
+
+def test_large_batches_go_in_pieces():
+    "More scores than a cache holds, and images read one by one, give what small ones give."
+    module = with_random_values(build("scsa", 256)).eval()
+    x = torch.randn(5, 256, 36, 33)
+    with torch.no_grad():
+        whole, single = module(x), torch.cat([module(image[None]) for image in x])
+    assert torch.allclose(whole, single, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(whole, module.recombine(x, module.attention_maps(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_needs_the_matrix():
+    module, x = SCSA(16, dropout=0.5).train(), torch.randn(2, 16, 14, 14)
+    assert not torch.equal(module(x), module(x))
+    assert torch.equal(module.eval()(x), module(x))
+
+
+def test_shapes_alone_are_counted_as_written():
+    C, H, W = 64, 28, 28
+    seen = cost(SCSA(C, device="meta"), (C, H, W)).macs
+    assert seen == 6 * C * (H + W) + 16 * (3 * C + 2 * C * C)
+
+
+def test_less_is_kept_for_the_backward_pass():
+    module, x = SCSA(64), torch.randn(2, 64, 56, 56)
+    ours = speed.bytes_of(module, x)["kept"]
+    literal = speed.bytes_of(peers.Straightforward(peers.scsa, module), x)["kept"]
+    assert x.nbytes < ours < 0.62 * literal
 
 
 # ---- clear errors --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
+from .fast import scaled
 from ..pooling import strip_average
 
 # %% ../../nbs/hybrid/ca.ipynb #1da90be0
@@ -47,6 +48,10 @@ class CA(Attention):
         f_h, f_w = f.split(x.shape[2:], 2)
         s_h, s_w = self.height(f_h).sigmoid(), self.width(f_w).sigmoid()
         return {"height": s_h[..., None], "width": s_w[:, :, None]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        s_h, s_w = self.attention_maps(x).values()
+        return scaled(x * s_h, s_w)
 
 # %% ../../nbs/hybrid/ca.ipynb #dfbb5abe
 AUTHORS_NAMES = {

@@ -25,6 +25,7 @@ from scsa_book.attention.base import (
     check_odd,
     check_positive,
 )
+from .fast import with_product
 from ..pooling import channel_average, channel_entropy, channel_maximum
 from ..pooling import global_average, global_entropy, global_maximum
 
@@ -320,7 +321,7 @@ class Collaboration(Attention):
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The output for given maps: x times their sum, or times each in turn."
         if self.fusion in FUSIONS[:2]:
-            return torch.addcmul(x * maps["channel"], x, maps["spatial"])
+            return with_product(x * maps["channel"], x, maps["spatial"])
         return super().recombine(x, maps)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANNEL_POOLS', 'ORDERS', 'POOL_TYPES', 'AUTHORS_NAMES', 'SCSA_AUTHORS_NAMES', 'ENTRY', 'ChannelLogits',
-           'channel_extremes', 'PlaceLogits', 'TwoGates', 'CBAM', 'authors_options', 'scsa_authors_options',
+           'channel_extremes', 'PlaceLogits', 'near', 'TwoGates', 'CBAM', 'authors_options', 'scsa_authors_options',
            'maximum_first']
 
 # %% ../../nbs/hybrid/cbam.ipynb #7ba9eb11
@@ -21,6 +21,7 @@ from scsa_book.attention.base import (
     check_odd,
     check_positive,
 )
+from .fast import as_written, scaled, scaled_extremes, spare
 from ..pooling import channel_average, channel_maximum
 from ..pooling import global_average, global_maximum
 
@@ -89,13 +90,23 @@ class PlaceLogits(nn.Module):
         if zero_init:
             nn.init.zeros_(self.norm.weight)
 
+    def logits(self, p: Tensor) -> Tensor:
+        "Of squeezed places, (B, 2, H, W) or (B, 1, H, W)."
+        return self.norm(self.conv(p))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(self.squeeze(x)))
+        return self.logits(self.squeeze(x))
 
 # %% ../../nbs/hybrid/cbam.ipynb #95901367
+def near(part: nn.Module, x: Tensor, gates: Tensor) -> bool:
+    "Whether `part` can summarise a scaled image while it is in the cache."
+    extremes = getattr(part, "squeeze", None) is channel_extremes
+    return extremes and not as_written(x) and spare(x, gates)
+
+
 ORDERS = ("channel-spatial", "spatial-channel", "parallel")
 
-
+# %% ../../nbs/hybrid/cbam.ipynb #f37decb7
 class TwoGates(Attention):
     "Scales a map by the gates of its parts `channel` and `spatial`."
 
@@ -110,11 +121,15 @@ class TwoGates(Attention):
         if self.order == "parallel":
             joint = (self.channel(x) + self.spatial(x)).sigmoid()
             return x * joint, {"joint": joint}
-        maps = {}
-        for name in self.order.split("-"):
-            maps[name] = getattr(self, name)(x).sigmoid()
-            x = x * maps[name]
-        return x, maps
+        first, second = self.order.split("-")
+        maps = {first: getattr(self, first)(x).sigmoid()}
+        if near(getattr(self, second), x, maps[first]):
+            x, p = scaled_extremes(x, maps[first])
+            maps[second] = self.spatial.logits(p).sigmoid()
+        else:
+            x = x * maps[first]
+            maps[second] = getattr(self, second)(x).sigmoid()
+        return scaled(x, maps[second]), maps
 
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         "`channel` (B, C, 1, 1), `spatial` (B, 1, H, W); parallel: `joint` (B, C, H, W)."

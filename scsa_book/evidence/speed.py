@@ -7,7 +7,10 @@ __all__ = ['READS', 'Run', 'LEAST', 'MOST', 'SHORT', 'SETTINGS', 'Peer', 'SHAPE'
            'spread', 'settle', 'seconds', 'calls_of', 'take_turns', 'ratios', 'keep_memory', 'forward', 'graph',
            'training', 'changes', 'memory', 'Side', 'Row', 'bytes_of', 'time_both', 'source', 'compared', 'measure',
            'peers_of_the_book', 'Setting', 'ModulesResult', 'setting_of', 'example', 'placed', 'bench_module',
-           'bench_modules', 'whole', 'result_path', 'newest', 'in_words', 'command']
+           'bench_modules', 'measured_on', 'whole', 'result_path', 'newest', 'in_words', 'command', 'NetworkSetting',
+           'NetworkRow', 'layers_of', 'is_mechanism', 'Peered', 'bytes_moved', 'runs_of_the_machine', 'Machinery',
+           'machinery', 'NetworksResult', 'with_peers', 'network_forms', 'in_use', 'bench_networks', 'network_row',
+           'network_result', 'network_path', 'network_results', 'network_words', 'networks_command']
 
 # %% ../../nbs/evidence/speed.ipynb #d1183348
 # Passes over the map that must read it, where they are not two: one to decide, one to scale.
@@ -366,9 +369,8 @@ def bench_modules(
     return whole(setting, control, rows, duration)
 
 # %% ../../nbs/evidence/speed.ipynb #a70f2df5
-def whole(setting: Setting, control: Row, rows: list[Row], duration: float) -> ModulesResult:
-    "The result, with machine, code and time."
-    device = torch.device(setting.device)
+def measured_on(device: torch.device) -> dict:
+    "Machine, code and time, by fields of a result."
     machine = Machine(
         device=device_name(device),
         devices=1,
@@ -379,9 +381,13 @@ def whole(setting: Setting, control: Row, rows: list[Row], duration: float) -> M
         code = code_state()
     except FileNotFoundError:  # no clone of the book
         code = Code(commit=None, dirty=None)
-    now = datetime.now(timezone.utc)
-    parts = {"control": control, "rows": rows, "machine": machine, "code": code}
-    return ModulesResult(setting=setting, **parts, measured=now, seconds=duration)
+    return {"machine": machine, "code": code, "measured": datetime.now(timezone.utc)}
+
+
+def whole(setting: Setting, control: Row, rows: list[Row], duration: float) -> ModulesResult:
+    "The result, with machine, code and time."
+    parts = {"control": control, "rows": rows, **measured_on(torch.device(setting.device))}
+    return ModulesResult(setting=setting, **parts, seconds=duration)
 
 # %% ../../nbs/evidence/speed.ipynb #d76e6aea
 def result_path(result: ModulesResult, folder: Path | None = None) -> Path:
@@ -428,5 +434,230 @@ def command(
         print(f"{result.seconds:.0f} s; only a measurement of all mechanisms is kept")
         return
     path = result_path(result)
+    write_whole(path, result.model_dump_json(indent=1) + "\n")
+    print(f"{result.seconds:.0f} s, written to {path}")
+
+# %% ../../nbs/evidence/speed.ipynb #12036b89
+from ..attention.base import Attention
+from .cost import cost
+from ..networks.build import build
+from ..networks.placement import attend
+
+# %% ../../nbs/evidence/speed.ipynb #5892e52f
+class NetworkSetting(Setting):
+    "How networks were measured."
+
+    network: str = "resnet50"
+    batch: int = 8
+    size: int = 224  # height and width of an image
+    compiled: bool = False
+
+
+class NetworkRow(BaseModel):
+    "One network."
+
+    name: str | None  # of its mechanism; None: no attention
+    form: str = "ours"  # or where the peer comes from
+    rounds: int
+    forward: Spread  # seconds of a batch
+    share: Spread  # images per second, as a share of those without attention
+    peak: int  # bytes on top of input and weights
+    bytes_moved: int
+    macs: int  # of the batch
+
+# %% ../../nbs/evidence/speed.ipynb #c74ce106
+def layers_of(network: nn.Module) -> list[nn.Module]:
+    "Attention modules, and modules that consist of no others and stand outside them."
+    found, inside = [], set()
+    for module in network.modules():
+        if module in inside or (any(module.children()) and not is_mechanism(module)):
+            continue
+        found.append(module)
+        inside |= set(module.modules())
+    return found
+
+
+def is_mechanism(module: nn.Module) -> bool:
+    "Whether this is attention, ours or in a peer's form."
+    return isinstance(module, (Attention, Peered))
+
+# %% ../../nbs/evidence/speed.ipynb #c76e4966
+class Peered(nn.Module):
+    "A peer where our module stood."
+
+    def __init__(self, name: str, peer: nn.Module):
+        super().__init__()
+        self.name, self.peer = name, peer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.peer(x)
+
+
+def bytes_moved(network: nn.Module, x: Tensor, name: str | None) -> int:
+    "Bytes that the layers of a network read and write at least."
+    total = sum(p.nbytes for p in network.parameters())
+
+    def count(module, args, result):
+        nonlocal total
+        often = reads(name) if is_mechanism(module) else 1
+        total += often * args[0].nbytes + result.nbytes
+
+    hooks = [layer.register_forward_hook(count) for layer in layers_of(network)]
+    with torch.no_grad():
+        network(x)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+# %% ../../nbs/evidence/speed.ipynb #35957663
+def runs_of_the_machine(setting: Setting, side: int = 1536) -> dict[str, Run]:
+    "A copy of 64 MiB and a square matrix product, as runs."
+    kw = {"dtype": getattr(torch, setting.dtype), "device": setting.device}
+    source = torch.ones(2**26 // torch.empty((), **kw).element_size(), **kw)
+    target, matrix = torch.empty_like(source), torch.ones(side, side, **kw)
+    return {"copy": lambda: target.copy_(source), "product": lambda: matrix @ matrix}
+
+
+class Machinery(BaseModel):
+    "What a machine does when nothing is in its way."
+
+    bandwidth: Spread  # bytes a second, read and written
+    arithmetic: Spread  # multiply-accumulates a second
+
+
+def machinery(taken: Mapping[str, list[float]], side: int = 1536) -> Machinery:
+    "From the seconds of `runs_of_the_machine`."
+    rates = spread([2 * 2**26 / t for t in taken["copy"]])
+    return Machinery(bandwidth=rates, arithmetic=spread([side**3 / t for t in taken["product"]]))
+
+# %% ../../nbs/evidence/speed.ipynb #46d157dd
+class NetworksResult(BaseModel):
+    "What `scsa-book bench networks` leaves behind."
+
+    setting: NetworkSetting
+    noise: Spread  # the plain network against its own copy
+    machinery: Machinery
+    rows: list[NetworkRow]
+    machine: Machine
+    code: Code
+    measured: datetime  # UTC
+    seconds: float
+
+    def bound(self, row: NetworkRow) -> float:
+        "Seconds that the row takes at least, by traffic or by arithmetic."
+        moving = row.bytes_moved / self.machinery.bandwidth.median
+        return max(moving, row.macs / self.machinery.arithmetic.median)
+
+# %% ../../nbs/evidence/speed.ipynb #802b5d1d
+def with_peers(network: nn.Module, name: str, make: Peer) -> nn.Module:
+    "A copy of a network with a peer in the place of every mechanism."
+    network = copy.deepcopy(network)
+    for parent in list(network.modules()):
+        for child, module in list(parent.named_children()):
+            if isinstance(module, Attention) and not isinstance(parent, Attention):
+                setattr(parent, child, Peered(name, make(module)))
+    return network
+
+
+def network_forms(
+    setting: NetworkSetting,
+    names: Iterable[str],
+    peers: Mapping[str, Peer],
+) -> dict[tuple[str | None, str], nn.Module]:
+    "The networks to be compared, by mechanism and form, plain first."
+    make = lambda: build(setting.network, num_classes=1000)  # noqa: E731
+    forms = {(None, "ours"): make()}
+    for name in names:
+        torch.manual_seed(0)
+        forms[name, "ours"] = ours = attend(make(), name)
+        if name in peers:
+            other = with_peers(ours, name, peers[name])
+            where = next(m for m in other.modules() if isinstance(m, Peered))
+            forms[name, source(where.peer)] = other
+    return forms
+
+# %% ../../nbs/evidence/speed.ipynb #2e554cd1
+def in_use(network: nn.Module, setting: NetworkSetting, x: Tensor) -> Run:
+    "The forward pass, as in use."
+    network = placed(network, x).eval()
+    if setting.compiled:
+        network = torch.compile(network)
+    return torch.no_grad()(lambda: network(x))
+
+# %% ../../nbs/evidence/speed.ipynb #cb5d8ab5
+def bench_networks(
+    names: Iterable[str] = ("scsa",),  # mechanisms
+    setting: NetworkSetting | None = None,  # None: ResNet-50 on the CPU in single precision
+    *,
+    peers: Mapping[str, Peer] | None = None,  # None: those of the book
+    budget: float = 60.0,  # seconds for the rounds
+) -> NetworksResult:
+    "Measure a network with and without mechanisms, in turns."
+    setting, start = setting or NetworkSetting(device="cpu"), time.perf_counter()
+    names = [registry.info(name).name for name in names]
+    peers = peers_of_the_book() if peers is None else peers
+    forms = network_forms(setting, names, peers)
+    x = example((setting.batch, 3, setting.size, setting.size), setting)
+    runs = {form: in_use(network, setting, x) for form, network in forms.items()}
+    runs |= {"again": in_use(copy.deepcopy(forms[None, "ours"]), setting, x)}
+    taken = take_turns(runs | runs_of_the_machine(setting), x.device, budget)
+    rows = [network_row(form, forms, runs[form], taken, x) for form in forms]
+    return network_result(setting, rows, taken, time.perf_counter() - start)
+
+# %% ../../nbs/evidence/speed.ipynb #de4b3831
+def network_row(form: tuple, forms: Mapping, run: Run, taken: Mapping, x: Tensor) -> NetworkRow:
+    "One network, measured; whatever the form, what there is to compute is counted on ours."
+    (name, whose), network = form, forms[form]
+    share = ratios(taken[None, "ours"], taken[form])
+    fields = {"rounds": len(taken[form]), "forward": spread(taken[form]), "share": share}
+    fields |= {"peak": memory(run, x.device)[0], "bytes_moved": bytes_moved(network, x, name)}
+    macs = cost(forms[name, "ours"], tuple(x.shape[1:])).macs * len(x)
+    return NetworkRow(name=name, form=whose, macs=macs, **fields)
+
+
+def network_result(setting, rows: list[NetworkRow], taken: Mapping, seconds: float) -> NetworksResult:
+    "The result, with machine, code and time."
+    circumstances = measured_on(torch.device(setting.device))
+    found = {"noise": ratios(taken["again"], taken[None, "ours"]), "machinery": machinery(taken)}
+    return NetworksResult(setting=setting, rows=rows, seconds=seconds, **found, **circumstances)
+
+# %% ../../nbs/evidence/speed.ipynb #8326df5b
+def network_path(setting: NetworkSetting, folder: Path | None = None) -> Path:
+    "Where a result belongs."
+    s, folder = setting, folder or results_folder("speed")
+    words = [s.network, s.device, s.dtype, s.layout] + ["compiled"] * s.compiled
+    return folder / f"networks-{'-'.join(words)}.json"
+
+
+def network_results(folder: Path | None = None) -> list[NetworksResult]:
+    "All readable results, the latest first."
+    found = []
+    for path in (folder or results_folder("speed")).glob("networks-*.json"):
+        try:
+            found.append(NetworksResult.model_validate_json(path.read_text("utf-8")))
+        except ValueError:
+            continue
+    return sorted(found, key=lambda result: result.measured, reverse=True)
+
+# %% ../../nbs/evidence/speed.ipynb #0296ed6a
+def network_words(result: NetworksResult, row: NetworkRow) -> str:
+    "A row in one line."
+    what = result.setting.network + (f" + {row.name}, {row.form}" if row.name else "")
+    line = f"{what:<34} {row.forward.median * 1e3:8.1f} ms, {row.peak / 1e6:6.0f} MB,"
+    share = f"{row.share.median:.2f} ({row.share.low:.2f} to {row.share.high:.2f})"
+    return f"{line} share {share}, {row.forward.median / result.bound(row):.1f} times the bound"
+
+# %% ../../nbs/evidence/speed.ipynb #dd9f60f7
+def networks_command(names: Sequence[str] = ("scsa",), budget: float = 60.0, **how) -> None:
+    "Measure in a process that keeps its memory, say it, and keep it."
+    there = setting_of(how.pop("device"), how.pop("dtype"), how.pop("layout"))
+    setting = NetworkSetting(**there.model_dump(), **how)
+    if setting.device == "cpu":
+        keep_memory()
+    result = bench_networks(names, setting, budget=budget)
+    print("\n".join(network_words(result, row) for row in result.rows))
+    noise = result.noise
+    print(f"noise: {noise.median:.2f} ({noise.low:.2f} to {noise.high:.2f})")
+    path = network_path(setting)
     write_whole(path, result.model_dump_json(indent=1) + "\n")
     print(f"{result.seconds:.0f} s, written to {path}")
