@@ -15,6 +15,7 @@ def lines(name):
 
 
 runs = lines("runs_requirements")
+sweep = runs + lines("sweep_requirements")
 setup(
     version=meta["version"],
     description=meta["description"],
@@ -22,5 +23,5 @@ setup(
     url=meta["repo_url"] or None,
     python_requires=f">={meta['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={"runs": runs, "dev": runs + lines("dev_requirements")},
+    extras_require={"runs": runs, "sweep": sweep, "dev": sweep + lines("dev_requirements")},
 )

@@ -28,14 +28,15 @@ def installed_requirements(extra=None):
     for line in metadata.requires("scsa_book"):
         spec, _, marker = line.partition(";")
         if (f'extra == "{extra}"' in marker) if extra else not marker:
-            found.add(spec.strip())
+            found.add(spec.strip() + (";python_version" if "python_version" in marker else ""))
     return {normal(spec) for spec in found}
 
 
 def normal(spec):
     "`nbdev<4,>=3.3` and `nbdev>=3.3,<4` are one requirement."
+    spec, _, marker = spec.partition(";")
     name, bounds = re.fullmatch(r"([\w.-]+)(.*)", spec).groups()
-    return name, frozenset(bounds.split(","))
+    return name, frozenset(bounds.split(",")), bool(marker)
 
 
 def test_version_is_one():
@@ -50,12 +51,13 @@ def test_description_author_and_licence_are_those_of_the_settings():
     assert INSTALLED["Requires-Python"] == f">={META['min_python']}"
 
 
-def test_requirements_come_in_three_layers():
+def test_requirements_come_in_layers():
     core, runs = requirements("requirements"), requirements("runs_requirements")
-    development = requirements("dev_requirements")
+    sweep, development = requirements("sweep_requirements"), requirements("dev_requirements")
     assert installed_requirements() == set(map(normal, core))
     assert installed_requirements("runs") == set(map(normal, runs))
-    assert installed_requirements("dev") == set(map(normal, runs | development))
+    assert installed_requirements("sweep") == set(map(normal, runs | sweep))
+    assert installed_requirements("dev") == set(map(normal, runs | sweep | development))
     assert {normal(spec)[0] for spec in core} == {"torch", "einops"}
 
 

@@ -16,12 +16,14 @@ from scsa_book.networks.placement import attentions, maps_of
 from scsa_book.training import checkpoints, run
 from scsa_book.training.config import Execution, configure
 from scsa_book.training.result import load_result, result_path
-from scsa_book.training.tasks import TASKS, build_network, stock_weights
 from scsa_book.training.task import decay, rate_factor
+from scsa_book.training.tasks import TASKS, build_network, stock_weights
 
 SCENES = {"scenes": {"side": 64, "objects": 2, "size": 0.5}}
-SMALL = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20, "min_size": 64, "max_size": 64}
-TINY = {"width": 8, "pyramid_channels": 16, "head_channels": 16, "anchor_scale": 4, "min_size": 64, "max_size": 64}
+SMALL = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20}
+TINY = {"width": 8, "pyramid_channels": 16, "head_channels": 16, "anchor_scale": 4}
+TINY |= {"min_size": 64, "max_size": 64}
+FEW = {"train_images": 12, "test_images": 6, "batch_size": 4, "epochs": 3, "warmup_epochs": 0, "lr": 0.002}
 DETECTORS = {
     "faster_rcnn": TINY | SMALL,
     "mask_rcnn": TINY | SMALL,
@@ -33,8 +35,8 @@ DETECTORS = {
 def tiny(task, **given):
     network = given.get("network", "faster_rcnn" if task == "detect" else "upernet")
     options = DETECTORS.get(network, {"channels": 16})
-    few = {"train_images": 12, "test_images": 6, "batch_size": 4, "epochs": 3, "warmup_epochs": 0, "lr": 0.002}
-    return configure("sample", **{"task": task, "data_options": SCENES, "network_options": options, **few, **given})
+    fixed = {"task": task, "data_options": SCENES, "network_options": options}
+    return configure("sample", **{**fixed, **FEW, **given})
 
 
 @pytest.fixture
@@ -153,7 +155,8 @@ def test_a_backbone_begins_with_the_weights_of_a_file(tmp_path):
     for task, options in (("detect", TINY | SMALL | {"width": 64}), ("segment", {"channels": 16})):
         config = tiny(task, attention="scsa", weights=path, network_options=options)
         body = TASKS[task].body(build_network(config, 4)).state_dict()
-        assert all(torch.equal(value, body[name]) for name, value in state.items() if not name.startswith("fc."))
+        kept = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        assert all(torch.equal(value, body[name]) for name, value in kept.items())
 
 
 def test_weights_that_are_not_there_are_said():
@@ -169,7 +172,7 @@ def test_objects_that_are_found_exactly_have_a_precision_of_100():
     task = run.task_class("detect")(config, build_network(config, 10), images, 1)
     x, targets = images.test[Draw(torch.arange(6))]
     exact = [
-        {"boxes": t["boxes"], "labels": t["labels"], "scores": torch.ones(len(t["labels"])), "masks": t["masks"][:, None].float()}
+        {**t, "scores": torch.ones(len(t["labels"])), "masks": t["masks"][:, None].float()}
         for t in targets
     ]
     task.scores.update(exact, targets)

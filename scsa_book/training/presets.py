@@ -65,8 +65,8 @@ SEGMENT = {
     "sample": {
         "dataset": "scenes", "data_options": {"scenes": {"objects": 3, "size": 0.35}},
         "train_images": 400, "test_images": 100, "network": "upernet", "backbone": "resnet18",
-        "network_options": {"channels": 32}, **SGD, "epochs": 6, "batch_size": 8,
-        "lr": 0.02, "warmup_epochs": 0.5,
+        "network_options": {"channels": 32}, "epochs": 6, "batch_size": 8,
+        "optimizer": "adamw", "lr": 0.002, "weight_decay": 0.01, "warmup_epochs": 0.5,
     },
     "cpu": {
         "dataset": "camvid", "data_options": {"crop": [180, 240], "scale": [0.5, 1.0]},

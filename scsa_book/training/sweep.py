@@ -6,7 +6,7 @@
 __all__ = ['JOB', 'ATTEMPTS', 'REMEDY', 'sweep_folder', 'write_plan', 'undisturbed', 'local_gpus', 'take_gpu', 'noted', 'job',
            'arguments', 'threads_of_a_run', 'on_this_machine', 'profile_folder', 'SweepFailed', 'require',
            'on_a_cluster', 'placed', 'snakemake', 'started', 'only_driver', 'log_of', 'reason', 'ended', 'follow',
-           'check_all', 'rehearse', 'perform', 'unfinished', 'sweep']
+           'not_started', 'check_all', 'rehearse', 'perform', 'unfinished', 'sweep']
 
 # %% ../../nbs/training/sweep.ipynb #d17b7d35
 import json
@@ -28,7 +28,6 @@ import yaml
 
 # %% ../../nbs/training/sweep.ipynb #d4f124d9
 from filelock import FileLock, Timeout
-from ..attention.registry import unknown
 from ..places import book_root, cache_folder, usable_cores
 from .config import Execution, RunConfig
 from .experiments import Plan, experiment
@@ -116,6 +115,7 @@ def job(
     execution = Execution(data_root=given.get("data_root"))
     parameters = {name: value for name, value in given.items() if name != "task"}
     print(f"attempt {attempt} on {platform.node()}", flush=True)
+    sys.modules.setdefault("rfc3987_syntax", None)  # see the text
     with undisturbed(run_id), noted(folder / "failed" / run_id, attempt):
         if not finished(config, execution):
             gpu = take_gpu(plan["gpus"], folder.parent)
@@ -144,6 +144,8 @@ def on_this_machine(cores: int, threads: int, gpus: tuple[str, ...]) -> list[str
 # %% ../../nbs/training/sweep.ipynb #19e32c6d
 def profile_folder(profile: str) -> Path:
     "A profile of the book by name, or any by its folder; ValueError lists the book's."
+    from scsa_book.attention.registry import unknown
+
     own = book_root() / "profiles"
     for folder in (own / profile, Path(profile).expanduser().resolve()):
         if (folder / "config.yaml").is_file():
@@ -186,7 +188,7 @@ def snakemake() -> None:
     "Run Snakemake in this process, as long as the process that started it lives."
 
     def leave_with_driver() -> None:
-        sys.stdin.buffer.read()  # returns when the other end is closed
+        os.read(0, 1)  # returns when the other end is closed
         os._exit(1)
 
     threading.Thread(target=leave_with_driver, daemon=True).start()
@@ -262,15 +264,21 @@ def follow(process, configs: list[RunConfig], folder: Path, words: Callable) -> 
         time.sleep(0 if over else 0.2)
 
 # %% ../../nbs/training/sweep.ipynb #7c23ebd2
+def not_started(said: str, more: str = "") -> SweepFailed:
+    "The error for a Snakemake that made nothing, with the last line of what it said."
+    return SweepFailed(f"no run was started: {said.strip().splitlines()[-1].strip()}{more}")
+
+# %% ../../nbs/training/sweep.ipynb #da20d0a2
 def check_all(folder: Path, configs: list[RunConfig], total: int) -> None:
     "SweepFailed unless all runs are finished; says why each is not."
     failed = [config.id for config in configs if not finished(config)]
+    if failed and not any((folder / "log").iterdir()):
+        log = folder / "snakemake.log"
+        raise not_started(log.read_text(encoding="utf-8"), f"; Snakemake says more in {log}")
     for run_id in failed:
+        log = log_of(folder, run_id)
         print(f"failed: {run_id}: {reason(folder, run_id)}")
-        if (log := log_of(folder, run_id)).exists():
-            print(f"        log: {log}")
-    if failed and not any(log_of(folder, config.id).exists() for config in configs):
-        raise SweepFailed(f"no run was started; Snakemake says why in {folder / 'snakemake.log'}")
+        print(f"        log: {log if log.exists() else folder / 'snakemake.log'}")
     if failed:
         raise SweepFailed(f"{len(failed)} of {total} runs failed: {', '.join(failed)}")
 
@@ -284,19 +292,9 @@ def rehearse(todo: Plan, where: list[str]) -> None:
         words = [sys.executable, "-m", "snakemake", *arguments(Path(place), *where), "--dry-run"]
         done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        why = (done.stderr or done.stdout).strip().splitlines()[-1]
-        raise SweepFailed(f"Snakemake would not start: {why}")
+        raise not_started(done.stderr or done.stdout)
 
 # %% ../../nbs/training/sweep.ipynb #a0c16fd4
-def perform(todo: Plan, folder: Path, where: list[str], words: Callable) -> None:
-    "Make the runs of the plan in `folder`."
-    for name in ("failed", "log"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "log").mkdir()
-    with started(arguments(folder, *where), folder / "snakemake.log") as process:
-        follow(process, [config for config, _ in todo], folder, words)
-
-# %% ../../nbs/training/sweep.ipynb #0c16fd45
 def perform(todo: Plan, folder: Path, where: list[str], words: Callable) -> None:
     "Make the runs of the plan in `folder`."
     for name in ("failed", "log"):

@@ -28,7 +28,7 @@ class Kind:
     "What is special about a task. `config` is a RunConfig, `classes` the names of the classes."
 
     metrics: tuple[str, ...]  # of a result, in percent; the first one stands for it
-    datasets: tuple[str, ...]
+    datasets: tuple[str, ...]  # with a pattern for those that a user brings
     data_options: tuple[str, ...]  # what else a data set can be told
     networks: Callable[[], list[str]]
     facts: Callable  # name of a data set -> what is known of it
@@ -88,16 +88,21 @@ def build_painter(config, classes: int) -> nn.Module:
 AP = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 TASKS = {
     "classify": Kind(
-        ("top1", "top5"), tuple(images.FACTS), (), network_names, images.facts,
-        load_pictures, build_classifier, lambda network: network,
+        metrics=("top1", "top5"), datasets=(*images.FACTS, "folder:NAME"), data_options=(),
+        networks=network_names, facts=images.facts, load=load_pictures, build=build_classifier,
+        body=lambda network: network,
     ),
     "detect": Kind(
-        (*AP, *(f"mask_{name}" for name in AP)), tuple(detection.FACTS), ("augment", "scenes"),
-        detector_names, detection.facts, load_objects, build_finder, lambda network: network.backbone.body,
+        metrics=(*AP, *(f"mask_{name}" for name in AP)),
+        datasets=(*detection.FACTS, "coco:NAME"), data_options=("augment", "scenes"),
+        networks=detector_names, facts=detection.facts, load=load_objects, build=build_finder,
+        body=lambda network: network.backbone.body,
     ),
     "segment": Kind(
-        ("mIoU", "mAcc", "aAcc"), tuple(segmentation.FACTS),
-        ("crop", "scale", "distort", "scenes"), segmenter_names, segmentation.facts, load_maps, build_painter, lambda network: network.backbone,
+        metrics=("mIoU", "mAcc", "aAcc"), datasets=(*segmentation.FACTS, "coco:NAME"),
+        data_options=("crop", "scale", "distort", "scenes"), networks=segmenter_names,
+        facts=segmentation.facts, load=load_maps, build=build_painter,
+        body=lambda network: network.backbone,
     ),
 }  # fmt: skip
 
