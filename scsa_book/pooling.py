@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGE', 'check_map', 'global_average', 'channel_average', 'global_maximum', 'channel_maximum', 'entropy',
            'global_entropy', 'channel_entropy', 'axis_average', 'is_channels_last', 'in_turns', 'strips_in_turns',
-           'strip_average', 'check_window', 'fitting', 'window_rows', 'window_columns', 'window_average',
+           'strip_average', 'check_window', 'fitting', 'one_pass', 'window_rows', 'window_columns', 'window_average',
            'window_maximum']
 
 # %% ../nbs/foundations/pooling.ipynb #6328a953
@@ -149,13 +149,18 @@ def fitting(window: int | None, places: int) -> int:
     return places if window is None else min(window, places)
 
 
+def one_pass(x: Tensor) -> bool:
+    "Whether a pooling layer is the better sum: over channels_last, and where sizes are free."
+    return is_channels_last(x) or torch.compiler.is_compiling()
+
+
 def window_rows(
     x: Tensor,  # (B, C, H, W)
     window: int | None,  # rows together, clipped to the map; None: all of them
 ) -> Tensor:  # (B, C, H', W), H' = H // min(window, H)
     "Mean of so many rows at a time; those that are left over are not seen."
     k = fitting(window, x.shape[2])
-    if is_channels_last(x):
+    if one_pass(x):
         return F.avg_pool2d(x, (k, 1))
     n = x.shape[2] // k
     return axis_average(x[:, :, : n * k].unflatten(2, (n, k)), 3)
@@ -167,7 +172,7 @@ def window_columns(
 ) -> Tensor:  # (B, C, H, W'), W' = W // min(window, W)
     "Mean of so many columns at a time; those that are left over are not seen."
     k = fitting(window, x.shape[3])
-    if is_channels_last(x):
+    if one_pass(x):
         return F.avg_pool2d(x, (1, k))
     n = x.shape[3] // k
     return axis_average(x[..., : n * k].unflatten(3, (n, k)), 4)

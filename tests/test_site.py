@@ -446,7 +446,8 @@ def test_a_build_ends_with_the_path_of_the_front_page(book, no_quarto, capsys):
     *_, what, front = capsys.readouterr().out.strip().splitlines()
     assert "plain preview" in what and "Quarto" in what
     assert front == str(book / "_preview/nbs/index.html") and Path(front).exists()
-    assert [command[1:] for command in no_quarto] == [["-m", "scsa_book.cli", "sweep", "sample"]]
+    sweeps = [["-m", "scsa_book.cli", "sweep", name] for name in build.SAMPLES]
+    assert [command[1:] for command in no_quarto] == sweeps
     assert "42" in html_of(book / "_preview", "results/table")
 
 

@@ -27,11 +27,15 @@ A_DAY = 24 * 3600
 # ---- sample runs
 
 
+SAMPLES = ("sample", "sample-detect", "sample-segment")
+
+
 def sample_runs(root=ROOT):
-    "The `sample` experiments; the command skips those that have a valid result."
-    command = [sys.executable, "-m", "scsa_book.cli", "sweep", "sample"]
-    if code := subprocess.run(command, cwd=root).returncode:
-        sys.exit(code)
+    "The experiments on embedded pictures; the command skips runs that have a valid result."
+    for name in SAMPLES:
+        command = [sys.executable, "-m", "scsa_book.cli", "sweep", name]
+        if code := subprocess.run(command, cwd=root).returncode:
+            sys.exit(code)
 
 
 # ---- live pages: committed as they look without results, shown with the results that are here

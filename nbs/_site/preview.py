@@ -31,7 +31,7 @@ CITATION = re.compile(CODE + r"|\[@[^\]]+\]|(?<![\w.])@[A-Za-z][\w:-]*\w", re.S 
 KEY = re.compile(r"@([\w:-]*\w)")
 NOTE = re.compile(r"^\[\^([\w-]+)\]: (.+(?:\n(?!\n).+)*)", re.M)
 TABLE_CAPTION = re.compile(r"^: (.+?)\s*\{#(tbl-[\w-]+)\}\s*$", re.M)
-SECTION_ID = re.compile(r"^(#+ .+?)\s*\{#(sec-[\w-]+)[^}]*\}\s*$", re.M)
+SECTION_ID = re.compile(r"^(#+ .+?)\s*\{#([\w-]+)[^}]*\}\s*$", re.M)
 FENCE = re.compile(r"^(:{3,})[ \t]*(\S.*)?$", re.M)
 RAW_HTML = re.compile(r"\s*`{3,}\s*\{=html\}\n(.*)\n`{3,}\s*", re.S)
 KEPT = re.compile(r"<p>KEPT(\d+)KEPT</p>|KEPT(\d+)KEPT")

@@ -28,13 +28,14 @@ class Experiment(BaseModel):
     task: str = "classify"
     preset: str
     common: dict[str, Any] = {}  # values that all runs share
-    runs: list[dict[str, Any]] = Field(min_length=1)  # what each run adds
+    runs: list[dict[str, Any]] = Field(min_length=1)  # what each adds; a label is its name
     seeds: list[int] = Field([0], min_length=1)
 
     def parameters(self, preset: str | None = None, seeds: Seeds = None) -> list[dict]:
         "What each run is given; another preset or other seeds if given."
         fixed = {"preset": preset or self.preset, "task": self.task, **self.common}
-        pairs = itertools.product(self.runs, seeds or self.seeds)
+        own = [{k: v for k, v in run.items() if k != "label"} for run in self.runs]
+        pairs = itertools.product(own, seeds or self.seeds)
         return [{**fixed, **run, "seed": seed} for run, seed in pairs]
 
     def plan(self, preset: str | None = None, seeds: Seeds = None) -> Plan:

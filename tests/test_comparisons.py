@@ -1,0 +1,359 @@
+"""Comparisons of finished runs: rows, baselines, intervals, what is missing, and the pages that show them."""
+
+import ast
+import re
+from datetime import datetime, timezone
+
+import matplotlib.pyplot as plt
+import pytest
+import repository
+from conftest import ROOT, cells_of
+from scipy import stats
+
+from scsa_book.evidence import comparisons as co
+from scsa_book.evidence.published import cells
+from scsa_book.evidence.statistics import summarise
+from scsa_book.training.config import ConfigError, configure
+from scsa_book.training.experiments import Experiment, experiment
+from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult
+from scsa_book.training.tasks import TASKS
+
+PAGES = ("cifar100", "ablations", "scenes", "report")
+LUCK = {0: 0.0, 1: 0.5, 2: -0.4, 3: 0.1}
+
+
+def result(config, value, seed=0):
+    "A made-up result of a configuration."
+    config = config.model_copy(update={"seed": seed})
+    metric = TASKS[config.task].metrics[0]
+    epochs = [
+        Epoch(epoch=n, metrics={metric: v}, lr=0.1, seconds=1, train_seconds=1, wait_seconds=0)
+        for n, v in ((1, value - 5), (2, value))
+    ]
+    now = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    return RunResult(
+        id=config.id, config=config, final={metric: value}, epochs=epochs, parameters=77_000,
+        seconds=61, images_per_second=1, data_wait=0, code=Code(commit=None, dirty=None), starts=1,
+        data=Data(name=config.dataset, fingerprint="", train_images=8000, test_images=2000),
+        machine=Machine(device="a processor", devices=1, threads=1, versions={}), started=now, finished=now,
+    )  # fmt: skip
+
+
+def results_of(name, values, seeds=(0, 1, 2)):
+    "Results of the rows of an experiment, each its mean plus the luck of the seed; `values` by row number."
+    rows = co.compare(name, results=[]).rows
+    return [result(rows[i].config, mean + LUCK[s], s) for i, mean in values.items() for s in seeds]
+
+
+# ---- experiments and their labels
+
+
+def test_a_label_is_no_part_of_a_run():
+    plain = [{"attention": "none"}, {"attention": "se"}]
+    named = [{**run, "label": f"row {i}"} for i, run in enumerate(plain)]
+    one, other = (Experiment(title="t", preset="sample", runs=runs) for runs in (plain, named))
+    assert one.parameters() == other.parameters()
+    assert [c.id for c, _ in one.plan()] == [c.id for c, _ in other.plan()]
+
+
+def test_ids_that_results_rest_on_stay():
+    ids = {c.id for name in ("cifar100", "scsa-ablation") for c, _ in experiment(name).plan(seeds=[0])}
+    assert {
+        "cifar100_resnet8_baseline_seed0_d29d5e5f", "cifar100_resnet8_se_seed0_032ce2c8",
+        "cifar100_resnet8_eca_seed0_c692f8f6", "cifar100_resnet8_scsa_seed0_a533c374",
+    } <= ids  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "number", "metric"),
+    [("scsa-ablation", "scsa", "III", "top1"), ("cat-ablation", "cat", "6", "AP")],
+)
+def test_rows_of_an_ablation_find_their_printed_numbers(name, source, number, metric):
+    found = cells(source, number, metric=metric)
+    ours = [co.printed(row, found) for row in co.compare(name, results=[]).rows]
+    assert None not in ours and len(set(ours)) == len(found)
+    by_variant = {cell.variant: cell.value for cell in ours}
+    assert by_variant == {cell.variant: cell.value for cell in found}
+
+
+def test_a_row_that_is_not_printed_finds_nothing():
+    row = co.compare("bccd", results=[]).rows[1]
+    assert co.printed(row, cells("scsa", "III", metric="top1")) is None
+
+
+def test_the_scenes_are_a_full_grid():
+    c = co.compare("scenes-size-brightness", results=[])
+    dials = [(r.config.data_options["scenes"], r.config.attention) for r in c.rows]
+    grid = {(d["size"], d["brightness"], name) for d, name in dials}
+    names = (None, "se", "scsa", "cat")
+    assert grid == {(s, b, n) for s in (0.3, 0.15) for b in (1.0, 0.15) for n in names}
+    assert len(c.rows) == 16 and {r.position for r in c.rows} == {"", "before the addition"}
+
+
+# ---- rows
+
+
+def test_rows_have_names_and_places():
+    c = co.compare("cifar100", results=[])
+    assert [r.label for r in c.rows[:3]] == ["no attention", "SE", "ECA"]
+    assert [r.position for r in c.rows[:2]] == ["", "before the addition"]
+    assert c.rows[-1].position == "before the last convolution"
+    labels = [r.label for r in co.compare("cat-ablation", results=[]).rows]
+    assert labels[0] == "no attention" and labels[1] == "+ channel" and len(set(labels)) == 11
+    default = co.Row("SCSA", configure(attention="scsa"), (0,))
+    assert default.position == "before the last convolution", "where its authors put it"
+
+
+def test_runs_are_gathered_by_everything_but_the_seed():
+    found = results_of("cifar100", {0: 28.0, 1: 25.0}, seeds=(2, 0))
+    stranger = result(configure(preset="cpu", network="resnet8", epochs=5), 90.0)
+    c = co.compare("cifar100", results=[*found, stranger])
+    assert c.rows[0].by_seed("top1") == {0: 28.0, 2: 27.6}
+    assert [r.missing for r in c.rows[:3]] == [[1], [1], [0, 1, 2]]
+    assert len(c.runs) == 4 and c.rows[2].summary("top1") is None
+
+
+def test_a_seed_beyond_the_plan_counts():
+    c = co.compare("cifar100", results=results_of("cifar100", {0: 28.0}, seeds=(0, 3)))
+    assert c.rows[0].summary("top1").n == 2 and c.rows[0].missing == [1, 2]
+    assert co.measured(c.rows[0], "top1")[1] == "2 of 4"
+
+
+def test_an_unknown_experiment_is_told():
+    with pytest.raises(ConfigError, match="cifar100"):
+        co.compare("cifar10")
+
+
+# ---- differences
+
+
+def compared(base, se, name="bccd"):
+    "Baseline and SE of an experiment with given values by seed."
+    rows = co.compare(name, results=[]).rows
+    found = [result(rows[i].config, v, s) for i, values in ((0, base), (1, se)) for s, v in values.items()]
+    c = co.compare(name, results=found)
+    return c, c.rows[1]
+
+
+def test_differences_are_taken_seed_by_seed():
+    # 3.0, 3.1, 3.0: the mean is 3.0333 and the interval 4.303 * 0.0577 / sqrt(3) to either side
+    c, se = compared({0: 10.0, 1: 12.0, 2: 11.0}, {2: 14.0, 1: 15.1, 0: 13.0})
+    d = c.difference(se)
+    assert (d.n, round(d.mean, 4), round(d.high - d.mean, 4)) == (3, 3.0333, 0.1434)
+    assert c.difference(c.rows[0]) is None and co.reading(d) == "above"
+
+
+def test_only_seeds_that_both_have_are_compared():
+    c, se = compared({0: 10.0, 1: 12.0}, {1: 15.0, 2: 90.0})
+    d = c.difference(se)
+    assert (d.n, d.mean, d.low) == (1, 3.0, None) and co.reading(d) == "one pair"
+    c, se = compared({0: 10.0}, {1: 15.0})
+    assert c.difference(se) is None and co.reading(c.difference(se)) == "not run"
+
+
+@pytest.mark.parametrize(
+    ("differences", "said"),
+    [([1.0, 1.1, 0.9], "above"), ([-1.0, -1.1, -0.9], "below"), ([1.0, -1.1, 0.9], "cannot tell")],
+)
+def test_a_reading_is_that_of_the_interval(differences, said):
+    assert co.reading(summarise(differences)) == said
+
+
+def test_a_baseline_is_that_of_the_own_setting():
+    c = co.compare("scenes-size-brightness", results=[])
+    for row in c.rows:
+        base = c.baseline(row)
+        assert base.config.attention is None and base.config.data_options == row.config.data_options
+    assert len({c.baseline(row).config.id for row in c.rows}) == 4
+
+
+def test_where_no_row_is_plain_the_first_is_the_baseline():
+    c = co.compare("scsa-ablation", results=[])
+    assert {c.baseline(row).label for row in c.rows} == {"scsa"}
+
+
+def test_a_setting_without_a_plain_row_has_no_baseline():
+    rows = co.compare("scenes-size-brightness", results=[]).rows
+    c = co.Comparison("x", "x", (rows[0], rows[5]))
+    assert c.baseline(rows[5]) is None and c.difference(rows[5]) is None
+
+
+def test_a_family_is_judged_at_once():
+    c, se = compared({0: 10.0, 1: 12.0, 2: 11.0}, {0: 11.0, 1: 13.1, 2: 12.2})
+    family = co.Family(c)
+    assert family.size == 3, "planned, not finished"
+    low, high = family.interval(se)
+    half = stats.t.ppf(1 - 0.05 / 3 / 2, 2) * 0.1 / 3**0.5
+    assert low == pytest.approx(1.1 - half) and high == pytest.approx(1.1 + half)
+    assert family.holds(se) is True and family.holds(c.rows[0]) is None
+    c, se = compared({0: 10.0, 1: 12.0, 2: 11.0}, {0: 10.9, 1: 13.7, 2: 12.3})
+    assert co.reading(c.difference(se)) == "above" and co.Family(c).holds(se) is False
+    c, se = compared({0: 10.0}, {0: 11.0})
+    assert co.Family(c).interval(se) is None
+
+
+# ---- what is shown
+
+
+def test_progress_counts_what_is_missing():
+    none = co.compare("bccd", results=[])
+    assert co.progress(none) == (
+        "**None of the 12 planned runs has finished here:** `scsa-book sweep bccd` makes them."
+    )
+    some = co.compare("bccd", results=[*results_of("bccd", {0: 20.0}), *results_of("bccd", {1: 20.0}, (1,))])
+    assert co.progress(some).startswith("**8 of 12 planned runs are missing** (1 of 4 rows have all")
+    full = co.compare("bccd", results=results_of("bccd", dict.fromkeys(range(4), 20.0)))
+    assert co.progress(full) == "All 12 planned runs have finished."
+
+
+def test_what_was_spent():
+    assert "nothing was spent" in co.spent([])
+    runs = results_of("bccd", {0: 20.0, 1: 21.0})
+    assert co.spent(runs) == (
+        "6 runs, 0:06:06 (h:mm:ss), 576,000 training images seen; on a processor × 1."
+    )
+    steps = result(configure(task="detect", preset="cpu", epoch_steps=10), 20.0)
+    assert co.images_seen(steps) == 12 * 10 * 4
+    assert co.spent([steps]).startswith("1 run, 0:01:01")
+
+
+def entries(table):
+    body = re.search(r"<tbody>(.*)</tbody>", table, re.S)[1]
+    lines = re.findall(r"<tr>(.*?)</tr>", body, re.S)
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in lines]
+    assert len(set(map(len, rows))) == 1
+    return [[re.sub("<[^>]*>", "", entry) for entry in row] for row in rows]
+
+
+def test_the_table_has_a_line_for_every_row_of_the_plan():
+    c, _ = compared({0: 10.0, 1: 12.0, 2: 11.0}, {0: 13.0, 1: 15.1, 2: 14.0})
+    base, se, scsa, _ = entries(co.comparison_table(c))
+    assert base[:6] == ["no attention", "77,000", "3 of 3", "11.00", "1.00", "8.52 to 13.48"]
+    assert base[6:] == ["", "", "baseline", ""]
+    assert se[-4:] == ["+3.03", "+2.89 to +3.18", "above", "yes"]
+    assert scsa == ["SCSA", "", "0 of 3", "", "", "", "", "", "not run", ""]
+    words, numbers = {"Data": lambda r: r.config.dataset}, {"n": lambda r: len(r.runs)}
+    wide = co.comparison_table(c, words=words, numbers=numbers)
+    assert entries(wide)[0][1] == "bccd" and entries(wide)[0][-1] == "3"
+    assert "AP, %" in wide
+    below, row = compared({0: 10.0, 1: 12.0}, {0: 9.0, 1: 11.0})
+    assert entries(co.comparison_table(below, [row]))[0][-4] == "−1.00"
+
+
+def test_a_sentence_says_no_more_than_the_intervals():
+    assert co.sentence(co.compare("bccd", results=[])) == "Nothing can be said yet."
+    found = results_of("bccd", {0: 20.0, 1: 22.0, 2: 18.0})
+    unsure = co.compare("bccd", results=[]).rows[3].config
+    found += [result(unsure, 20 + x, s) for s, x in enumerate((3.0, -3.0, 0.1))]
+    assert co.sentence(co.compare("bccd", results=found)) == (
+        "On this test set, with this recipe: SE is above the plain network; SCSA is below the plain "
+        "network; these runs cannot tell CAT from the plain network."
+    )
+    ablation = co.compare("scsa-ablation", results=results_of("scsa-ablation", {0: 30.0, 1: 28.0, 2: 28.0}))
+    assert co.sentence(ablation).endswith("recipe: without-smsa and without-pcsa are below scsa.")
+
+
+def test_panels_are_positions():
+    shown = co.panels(co.compare("cifar100", results=[]))
+    assert list(shown) == ["before the addition", "before the last convolution"]
+    assert all(len(rows) == 9 and rows[0].label == "no attention" for rows in shown.values())
+    assert list(co.panels(co.compare("bccd", results=[]))) == [""]
+
+
+def test_an_axis_reaches_over_all_but_intervals_of_two_runs():
+    three, two = summarise([1.0, 2.0, 3.0]), summarise([1.0, 2.0])
+    low, high = co.reach([([1.0, 2.0, 3.0], three), ([1.0, 2.0], two)])
+    assert low < three.low and three.high < high < two.high
+    assert co.reach([]) is None and co.reach([((), summarise([5.0]))], [0])[0] < 0
+
+
+def test_figures_show_every_run_and_the_line_at_zero():
+    c = co.compare("cifar100", results=results_of("cifar100", {0: 28.0, 1: 25.0, 9: 27.0}))
+    left, right = co.show_values(c)[0]
+    assert [len(line.get_xdata()) for line in left.lines if line.get_marker() == "o"] == [3, 3]
+    assert [t.get_text() for t in right.get_yticklabels()][:2] == ["no attention", "SE"]
+    axes = co.show_differences(c)[0]
+    assert [t.get_text() for t in axes[0].get_yticklabels()][0] == "SE"
+    means = [line.get_xdata()[0] for line in axes[0].lines if line.get_marker() == "|"]
+    assert means == pytest.approx([-3.0])
+    zero = [line for axis in axes for line in axis.lines if list(line.get_xdata()) == [0, 0]]
+    low, high = axes[0].get_xlim()
+    assert len(zero) == 2 and low < -3 and 0 < high
+    plt.close("all")
+
+
+# ---- pages
+
+
+@pytest.fixture
+def show(tmp_path, monkeypatch):
+    "Runs the cells of a page in a book that has the list of experiments and some results."
+    (tmp_path / "_quarto.yml").touch()
+    (tmp_path / "nbs/results").mkdir(parents=True)
+    (tmp_path / "nbs/runs").mkdir()
+    listed = ROOT / "nbs/runs/experiments.yml"
+    (tmp_path / "nbs/runs/experiments.yml").write_bytes(listed.read_bytes())
+    monkeypatch.chdir(tmp_path / "nbs/results")
+
+    def run(page, results=()):
+        for r in results:
+            path = tmp_path / "nbs/results" / r.config.preset / f"{r.id}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(r.model_dump_json(), encoding="utf-8")
+        names, shown = {}, []
+        for cell in cells_of(ROOT / f"nbs/results/{page}.ipynb", "code"):
+            if not repository.is_setup(cell):
+                tree = ast.parse("".join(cell["source"]))
+                last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+                exec(compile(tree, page, "exec"), names)
+                value = last and eval(compile(ast.Expression(last.value), page, "eval"), names)
+                shown.append(str(getattr(value, "data", value)))
+        return "\n".join(shown)
+
+    yield run
+    plt.close("all")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_say_that_nothing_has_run(show, page):
+    shown = show(page)
+    assert "above</span>" not in shown and "below</span>" not in shown and "cannot tell</span>" not in shown
+    if page == "report":
+        assert "`scsa-book sweep cifar100`: 51 runs have not been made." in shown and "251 come out" in shown
+    else:
+        assert "**None of the" in shown and "nothing was spent" in shown
+
+
+def test_the_page_of_cifar100_with_some_results(show):
+    shown = show("cifar100", results_of("cifar100", {0: 28.0, 1: 25.0, 16: 28.5}, (0, 1)))
+    assert "**45 of 51 planned runs are missing**" in shown and "6 runs, 0:06:06" in shown
+    assert "16 comparisons are planned and 2 have an interval" in shown
+    assert "**Before the last convolution.** On this test set" in shown
+
+
+def test_the_page_of_ablations_with_some_results(show):
+    shown = show("ablations", results_of("scsa-ablation", {0: 30.0, 1: 28.0}))
+    assert "without-smsa is below scsa." in shown and "77.49" in shown and "−0.77" in shown
+    assert "**33 of 39 planned runs are missing**" in shown and "**None of the 33" in shown
+
+
+def test_the_page_of_scenes_asks_for_differences_of_differences(show):
+    # SE adds 1 in large lit scenes (rows 0, 1) and 3 in small dark ones (rows 12, 13); nothing else was run.
+    name = "scenes-size-brightness"
+    found = results_of(name, {0: 20.0, 1: 21.0, 12: 5.0, 13: 8.0})
+    wobble = [result(r.config, r.final["AP"] + 0.01 * r.config.seed, r.config.seed) for r in found[3:6]]
+    shown = show("scenes", [*found[:3], *wobble, *found[6:]])
+    more = entries(re.search(r'aria-label="Gain in harder.*?</table>', shown, re.S)[0])
+    assert [row[-1] for row in more].count("not run") == 8
+    [line] = [row for row in more if row[-1] != "not run"]
+    assert line[:3] == ["SE", "small and dark", "+1.99"] and line[-1] == "above"
+
+
+def test_the_report_counts_what_is_there(show):
+    shown = show("report", results_of("cifar100", {0: 28.0, 1: 25.0, 16: 28.5}))
+    outcome = entries(re.search(r'aria-label="Experiments, and.*?</table>', shown, re.S)[0])
+    [line] = [row for row in outcome if row[0] == "cifar100"]
+    assert line[2:] == ["9 of 51", "16", "1", "1", ""]
+    claims = entries(re.search(r'aria-label="The claims of.*?</table>', shown, re.S)[0])
+    assert claims[0][2:] == ["+1.10 Top-1", "cifar100: above (+0.50, +0.50 to +0.50)"]
+    assert "cpu" in shown and "cifar100 (9 runs)" in shown
