@@ -149,9 +149,9 @@ def fitting(window: int | None, places: int) -> int:
     return places if window is None else min(window, places)
 
 
-def one_pass(x: Tensor) -> bool:
+def one_pass(x: Tensor, window: int | None) -> bool:
     "Whether a pooling layer is the better sum: over channels_last, and where sizes are free."
-    return is_channels_last(x) or torch.compiler.is_compiling()
+    return is_channels_last(x) or (window is not None and torch.compiler.is_compiling())
 
 
 def window_rows(
@@ -160,7 +160,7 @@ def window_rows(
 ) -> Tensor:  # (B, C, H', W), H' = H // min(window, H)
     "Mean of so many rows at a time; those that are left over are not seen."
     k = fitting(window, x.shape[2])
-    if one_pass(x):
+    if one_pass(x, window):
         return F.avg_pool2d(x, (k, 1))
     n = x.shape[2] // k
     return axis_average(x[:, :, : n * k].unflatten(2, (n, k)), 3)
@@ -172,7 +172,7 @@ def window_columns(
 ) -> Tensor:  # (B, C, H, W'), W' = W // min(window, W)
     "Mean of so many columns at a time; those that are left over are not seen."
     k = fitting(window, x.shape[3])
-    if one_pass(x):
+    if one_pass(x, window):
         return F.avg_pool2d(x, (1, k))
     n = x.shape[3] // k
     return axis_average(x[..., : n * k].unflatten(3, (n, k)), 4)

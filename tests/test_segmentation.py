@@ -500,7 +500,7 @@ def test_compiled_and_exported_whole(name):
     x, _ = batch()
     torch._dynamo.reset()
     compiled = torch.compile(network, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(x), network(x))
+    assert torch.allclose(compiled(x), network(x), atol=1e-5)
     exported = torch.export.export(network, (x,)).module()
     assert torch.allclose(exported(x), network(x), atol=1e-5)
     network.train()
