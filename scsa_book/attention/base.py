@@ -94,7 +94,7 @@ class Entry:
     paper: str  # key in references.bib
     year: int
     kind: str  # channel, spatial, hybrid, synergy, ...
-    position: str  # one of POSITIONS: where the authors insert it
+    position: str  # one of POSITIONS: where it stands unless told otherwise
     authors: Mapping[str, Authors] = field(default_factory=dict)  # variant -> mapping
 
     def __post_init__(self):

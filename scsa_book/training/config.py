@@ -35,7 +35,7 @@ class RunConfig(BaseModel):
     network_options: dict[str, Any] = {}  # of a detector or segmenter
     weights: str | None = None  # to begin with: "imagenet" or a file; None: random
     attention: str | None = None  # None: the network as it is
-    position: str | None = None  # None: where the authors put it
+    position: str | None = None  # None: the role it is registered with
     options: dict[str, Any] = {}  # of the mechanism
     epochs: int = Field(1, ge=1)
     epoch_steps: int | None = Field(None, ge=1)  # of an epoch; None: once through the pictures
