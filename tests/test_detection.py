@@ -547,6 +547,16 @@ def test_regions_go_to_the_level_below_that_of_their_anchors():
 # ---- what does not learn
 
 
+def test_attention_in_chosen_blocks():
+    five = ["layer2.[13]", "layer3.[135]"]  # where Wang et al. (2018) put theirs
+    placed = {"attention": "non_local", "position": "after_block"}
+    detector = on_paper("faster_rcnn", backbone="resnet50", **placed, blocks=five)
+    blocks = ["layer2.1", "layer2.3", "layer3.1", "layer3.3", "layer3.5"]
+    assert list(attentions(detector)) == [f"backbone.body.{block}.attention" for block in blocks]
+    as_option = on_paper("faster_rcnn", backbone="resnet50", **placed, options={"blocks": five})
+    assert list(attentions(as_option)) == list(attentions(detector))
+
+
 def test_frozen_stages_neither_learn_nor_move():
     detector = tiny(attention="se", options={"batch_norm": True, "bias": False}, frozen_stages=2).train()
     frozen = ("conv1.", "bn1.", "layer1.", "layer2.")
@@ -707,15 +717,23 @@ def test_a_cascade_of_one_stage_is_a_head():
         ({"backbone": "resnet20"}, "backbone='resnet20' has 3 stages and a pyramid stands on 4"),
         ({"attention": "scas"}, "unknown attention 'scas'. Did you mean 'scsa'"),
         ({"attention": "se", "options": {"kernels": (3,)}}, "unknown option of se 'kernels'"),
-        ({"options": {"reduction": 4}}, "belong to an attention, and there is none"),
+        ({"options": {"reduction": 4}}, "options={'reduction': 4} without attention"),
+        ({"position": "before_add"}, "position='before_add' without attention"),
+        ({"blocks": "layer4.*"}, "blocks='layer4.*' without attention"),
+        ({"attention": "se", "blocks": "layer9.*"}, "blocks='layer9.*' matches no block"),
         ({"attention": "se", "position": "after_conv3"}, "no position 'after_conv3'. Possible here"),
         ({"layout": "mmdet"}, "layout='mmdet' must be one of torchvision, mmdet3, mmdet1"),
         ({"norm": "group"}, "norm='group' must be one of batch, fixed, frozen"),
         ({"frozen_stages": 5}, "frozen_stages=5 must be 0 to 4"),
+        ({"frozen_stages": 1.5}, "frozen_stages=1.5 must be 0 to 4, a whole number"),
+        ({"frozen_stages": True}, "frozen_stages=True must be 0 to 4, a whole number"),
         ({"width": 0}, "width=0 must be a positive integer"),
         ({"pyramid_channels": 0}, "channels=0 must be a positive integer"),
         ({"min_size": 63}, "min_size=63: .* at least 64 pixels"),
         ({"min_size": (128, 32)}, "at least 64 pixels"),
+        ({"min_size": "800"}, "min_size='800', max_size=.* must be whole numbers"),
+        ({"min_size": ()}, r"min_size=\(\), max_size=.* must be whole numbers"),
+        ({"max_size": 1333.5}, "max_size=1333.5 must be whole numbers"),
         ({"min_size": 128, "max_size": 100}, "max_size=100 is less than min_size=128"),
         ({"anchor_scale": 0.5}, "anchor_scale=0.5 makes anchors of 2 pixels"),
         ({"image_mean": (0.5,)}, "need one value a channel"),
@@ -754,6 +772,14 @@ def test_wrong_targets_are_named_with_their_image(change, message):
     with pytest.raises(ValueError, match=f"^image 1: .*{message}"):
         check_targets(images, targets, 3, masks=True)
     check_targets(images[:1], targets[:1], 3, masks=True)
+
+
+def test_no_images_are_refused():
+    detector = tiny()
+    with pytest.raises(ValueError, match="no images: .* one or more"):
+        detector.eval()([])
+    with pytest.raises(ValueError, match="0 images"):
+        detector.train()([], [])
 
 
 @EACH

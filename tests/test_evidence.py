@@ -23,6 +23,7 @@ from torch import nn
 from torchvision.models import get_model
 from traitlets.config import Config
 
+from scsa_book.attention import registry
 from scsa_book.evidence import ledger
 from scsa_book.evidence.cost import Convention, Cost, cost, meta_copy
 from scsa_book.evidence.published import METRICS, Cell, cells, tables
@@ -168,10 +169,33 @@ def test_a_convention_counts_on_top_of_matrix_work():
     assert cost(network, (3, 5, 7), norms).macs == 12 * 35 + 2 * 4 * 35
 
 
-@pytest.mark.parametrize("size", [(224, 224), (3, 0, 224), (1, 3, 224, 224)])
+@pytest.mark.parametrize("size", [(224, 224), (3, 0, 224), (1, 3, 224, 224), 224, (3, 22.0, 22), None])
 def test_a_wrong_size_is_told(size):
     with pytest.raises(ValueError, match="channels, height, width"):
         cost(nn.Identity(), size)
+
+
+@pytest.mark.parametrize("convention", ["trace", None, {}])
+def test_a_wrong_convention_is_told(convention):
+    with pytest.raises(ValueError, match=r"not a Convention; take .* scsa_book\.evidence\.conventions"):
+        cost(nn.Identity(), (3, 4, 4), convention)
+
+
+def test_wrong_channels_are_told():
+    with pytest.raises(ValueError, match=r"Conv2d: the pass fails for input_size=\(4, 5, 5\)"):
+        cost(nn.Conv2d(3, 4, 1), (4, 5, 5))
+
+
+@pytest.mark.parametrize("decide", [lambda x: x * x.sum().item(), lambda x: x[x > 0]])
+def test_a_pass_that_depends_on_values_is_told(decide):
+    with pytest.raises(ValueError, match=r"depends on values.* forward= what counts"):
+        cost(nn.Identity(), (3, 4, 4), forward=lambda _, x: decide(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_costs_the_same_in_any_precision(dtype):
+    network = registry.create("scsa", 64)
+    assert cost(network.to(dtype), (64, 14, 14)) == cost(registry.create("scsa", 64), (64, 14, 14))
 
 
 # ---- statistics

@@ -20,6 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from scsa_book.attention import registry
 from scsa_book.attention.base import POSITIONS
+from scsa_book.networks.backbone import Stages
 from scsa_book.networks.build import build, network_names
 from scsa_book.networks.placement import (
     attend,
@@ -243,7 +244,7 @@ def test_block_computes_what_a_hand_written_one_does(kind, role, attention):
         assert not torch.allclose(by_hand(stock, x, *places[::-1]), expected, atol=1e-3)
 
 
-def test_default_place_is_that_of_the_authors():
+def test_default_place_is_the_registered_one():
     expected = {"se": "bn2", "cbam": "bn2", "scsa": "conv2"}
     for attention, child in expected.items():
         network = attend(small_resnet(8, 10), attention)
@@ -430,6 +431,15 @@ def test_wrong_position_lists_the_right_ones_with_channels():
     assert "after_conv2 (64, 128, 256, 512 channels)" in told
     assert "after_conv3 (256, 512, 1024, 2048 channels)" in told
     assert all(role in told for role in POSITIONS)
+
+
+@pytest.mark.parametrize("position", ["between_stages", "after_last_stage"])
+def test_blocks_without_stages_are_told_another_way(position):
+    network = on_paper(models.mobilenet_v2)
+    assert "after_block with blocks=" in message(attend, network, "bam", position=position)
+    assert "with blocks=" not in message(attend, network, "bam", position="after_conv3")
+    attend(network, "bam", position="after_block", blocks=["features.3", "features.6", "features.13"])
+    assert [m.channels for m in attentions(network).values()] == [24, 32, 96]
 
 
 def test_unknown_network_is_named_with_a_way_out():
@@ -650,6 +660,20 @@ def test_what_does_not_fit_is_named_and_nothing_loads(spoil, words):
     told = message(load_stock, network, state)
     assert all(word in told for word in words), told
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize("given", [models.resnet18(), "resnet18.pth"])
+def test_what_is_no_state_dict(given):
+    told = message(load_stock, models.resnet18(), given)
+    assert type(given).__name__ in told and "model.state_dict()" in told and "torch.load(path)" in told
+
+
+def test_a_part_is_told_how_to_load_the_whole():
+    whole, part = models.resnet18(), Stages(models.resnet18())
+    assert 'skip=["fc.*"]' in message(load_stock, part, whole.state_dict())
+    assert len(load_stock(part, whole.state_dict(), skip=["fc.*"]).loaded) == 120
+    told = message(load_stock, part, whole.state_dict(), skip="head.*")
+    assert "skip='head.*' matches no name" in told
 
 
 def test_loading_onto_the_meta_device_is_refused():
@@ -944,6 +968,8 @@ def test_colour_networks_are_the_stock_ones():
         (("resnet-20", 10), ["resnet-20", "'resnet20'", *network_names()]),
         (("resnet20", 0), ["num_classes=0"]),
         (("resnet20", 10, 0), ["in_channels=0"]),
+        (("resnet20", "10"), ["num_classes='10'", "positive integer"]),
+        (("resnet20", 10.5), ["num_classes=10.5", "positive integer"]),
     ],
 )
 def test_wrong_networks(arguments, words):

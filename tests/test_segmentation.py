@@ -300,6 +300,25 @@ def test_what_cannot_be_dilated_says_so():
         dilate(on_paper(build, "mobilenet_v2", 10))
 
 
+def sizes(network):
+    return [(m.stride, m.dilation, m.padding) for m in network.modules() if isinstance(m, nn.Conv2d)]
+
+
+@pytest.mark.parametrize("blocks", ["*", "layer4.*"])
+def test_a_replaced_convolution_cannot_be_dilated(blocks):
+    network = on_paper(models.resnet50)
+    attend(network, "sk", position="instead_of_conv2", blocks=blocks)
+    before = sizes(network)
+    first = "layer3" if blocks == "*" else "layer4"
+    told = rf"{first}.0.conv2 \(Instead\) has the stride 2.* dilate before attend"
+    with pytest.raises(ValueError, match=told):
+        dilate(network)
+    assert sizes(network) == before  # layer3 too, where only layer4 is in the way
+    later = attend(dilate(on_paper(models.resnet50)), "sk", position="instead_of_conv2", blocks=blocks)
+    maps = Stages(later)(torch.empty(2, 3, 64, 96, device="meta"))
+    assert [tuple(u.shape[2:]) for u in maps] == [(16, 24), (8, 12), (8, 12), (8, 12)]
+
+
 # ---- stock parts and attention ----
 
 
@@ -469,6 +488,19 @@ def test_the_loss_is_the_mean_over_judged_pixels():
     assert torch.isclose(segmentation_loss(three, labels, weights=LOSS_WEIGHTS | {"channel": 0}), 2 * mean)
 
 
+@pytest.mark.parametrize("wrong", [3, -1, 254])
+def test_a_label_without_a_score_is_named(wrong):
+    labels = torch.tensor([[[0, 2], [255, wrong]]])
+    logits = torch.zeros(1, 3, 2, 2)
+    with pytest.raises(ValueError, match=f"labels hold {wrong}; with 3 classes they are 0 to 2"):
+        segmentation_loss({"out": logits, "aux": logits}, labels)
+
+
+def test_attention_in_chosen_blocks():
+    network = on_paper(build_segmenter, "upernet", 5, **SMALL, attention="se", blocks="layer4.*")
+    assert {name.split(".")[1] for name in attentions(network)} == {"layer4"}
+
+
 def test_a_batch_with_nothing_to_judge_costs_nothing():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     loss = segmentation_loss(logits, torch.full((1, 4, 4), 255))
@@ -533,6 +565,9 @@ def test_half_precision_and_channels_last(name):
         ({"attention": "se", "options": {"ratio": 3}}, "unknown option of se 'ratio'"),
         ({"attention": "se", "position": "after_conv3"}, "no position 'after_conv3'.*after_conv1"),
         ({"position": "after_conv2"}, "without attention"),
+        ({"blocks": "layer4.*"}, "blocks='layer4..' without attention"),
+        ({"attention": "se", "blocks": "layer9.*"}, "blocks='layer9.*' matches no block"),
+        ({"num_classes": "5"}, "num_classes='5' must be a positive integer"),
         ({"options": {"reduction": 4}}, "without attention"),
         ({"dropout": 1.5}, "dropout probability"),
     ],

@@ -178,3 +178,14 @@ def test_objects_that_are_found_exactly_have_a_precision_of_100():
     task.scores.update(exact, targets)
     found = task.scores.read()
     assert found["AP"] == found["mask_AP"] == 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_the_sample_learns_visibly_and_never_waits_for_pictures(task, seed, where):
+    done, result = train(configure("sample", task=task, attention="scsa", seed=seed), where)
+    metric = TASKS[task].metrics[0]
+    first, last = (epoch.metrics[metric] for epoch in (done.epochs[0], done.epochs[-1]))
+    assert last > first + 5
+    assert result.data_wait < 0.1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scsa_book.attention import registry
+from scsa_book.networks.backbone import Stages, dilate
 from scsa_book.networks.placement import attend_modules, attentions, load_stock, maps_of
 
 timm = pytest.importorskip("timm")
@@ -122,3 +123,31 @@ def test_networks_of_timm_that_are_not_known_take_ours_by_name():
     assert set(load_stock(network, stock.state_dict()).loaded) == set(stock.state_dict())
     assert set(maps_of(network, x)) == set(names)
     assert network(x).shape == (1, 5)
+
+
+def on_paper(name):
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=5)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet50d", "resnetaa50", "resnetblur50"])
+def test_strides_of_residual_networks_of_timm(name):
+    "Their strides are those of convolutions, mean poolings or blurs."
+    stages = Stages(on_paper(name))
+    maps = stages(torch.empty(1, 3, 64, 96, device="meta"))
+    assert stages.strides == [4, 8, 16, 32] and stages.widths == [u.shape[1] for u in maps]
+    assert [tuple(u.shape[2:]) for u in maps] == [(64 // s, 96 // s) for s in stages.strides]
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("resnet50d", r"layer3.0.downsample.0 \(AvgPool2d\)"),
+        ("resnetaa50", r"layer3.0.aa \(AvgPool2d\)"),
+        ("resnetblur50", r"layer3.0.aa \(BlurPool2d\)"),
+    ],
+)
+def test_a_pooling_cannot_be_dilated(name, where):
+    with pytest.raises(ValueError, match=f"{where} has the stride 2.* whose convolutions have the strides"):
+        dilate(on_paper(name))
+    assert Stages(dilate(on_paper("resnet50"))).strides == [4, 8, 8, 8]

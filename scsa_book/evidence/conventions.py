@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from .cost import Convention
+from .cost import MATRIX, Convention
 
 # %% ../../nbs/evidence/conventions.ipynb #cc408007
 def an_input(n: int) -> Callable[..., int]:
@@ -140,6 +140,7 @@ THOP = Convention(
 
 # %% ../../nbs/evidence/conventions.ipynb #4d09ff73
 CONVENTIONS = {
+    "matrix": MATRIX,
     "trace": TRACE,
     "hooks": HOOKS,
     "hooks-1d": HOOKS_1D,

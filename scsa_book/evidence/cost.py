@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -80,12 +81,12 @@ def _noting(convention: Convention) -> Iterator[dict[nn.Module, int]]:
     "What every layer has cost so far."
     counts: dict[nn.Module, int] = {}
 
-    def note(layer, args, output):
+    def note(layer, args, named, output):
         if rule := _rule(convention, layer):
             before = 0 if convention.last_call else counts.get(layer, 0)
-            counts[layer] = before + rule(layer, args[0], output)
+            counts[layer] = before + rule(layer, next(iter((*args, *named.values()))), output)
 
-    handle = register_module_forward_hook(note)
+    handle = register_module_forward_hook(note, with_kwargs=True)
     try:
         yield counts
     finally:
@@ -102,15 +103,46 @@ def _macs(run: Callable[[], object], convention: Convention) -> int:
     return sum(layers.values()) + beside + (matrix if convention.matrix else 0)
 
 # %% ../../nbs/evidence/cost.ipynb #7c30d4a4
+def _check(input_size: object, convention: object) -> None:
+    try:
+        right = len(sides := tuple(map(index, input_size))) == 3 and min(sides) > 0
+    except TypeError:  # no sequence, or none of whole numbers
+        right = False
+    if not right:
+        raise ValueError(f"input_size={input_size!r} is not (channels, height, width)")
+    if not isinstance(convention, Convention):
+        known = "MATRIX or one of the CONVENTIONS of scsa_book.evidence.conventions"
+        raise ValueError(f"convention={convention!r} is not a Convention; take {known}")
+
+# %% ../../nbs/evidence/cost.ipynb #b39e8d1b
+def _explained(error: RuntimeError, module: nn.Module, input_size: tuple) -> ValueError:
+    kind, first = type(module).__name__, str(error).split("\n")[0].split(". ")[0]
+    # meta is the device without values; a tensor on another device is another mistake
+    if "meta" in first.lower() and "expected device" not in first:
+        return ValueError(
+            f"{kind}: the pass depends on values, and a count has shapes only ({first}). Say with "
+            "forward= what counts, for a detector scsa_book.networks.detection.dense"
+        )
+    return ValueError(f"{kind}: the pass fails for input_size={tuple(input_size)}: {first}")
+
+# %% ../../nbs/evidence/cost.ipynb #1180424e
+def _image(module: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
+    "One image or map of shapes, in the precision of the module."
+    dtypes = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return torch.empty(1, *input_size, device="meta", dtype=next(dtypes, None))
+
+# %% ../../nbs/evidence/cost.ipynb #f04035ee
 def cost(
     module: nn.Module,  # on any device; it is not changed and nothing is computed on it
     input_size: tuple[int, int, int] = (3, 224, 224),  # C, H, W of one image or map
     convention: Convention = MATRIX,
     forward: Callable[[nn.Module, Tensor], object] | None = None,  # what counts; None: the call
 ) -> Cost:
-    "Parameters and multiply-accumulates; `ValueError` when `input_size` is not (C, H, W)."
-    if len(input_size) != 3 or min(input_size) < 1:
-        raise ValueError(f"input_size={input_size!r} is not (channels, height, width)")
-    shadow, x = meta_copy(module), torch.empty(1, *input_size, device="meta")
-    macs = _macs(lambda: forward(shadow, x) if forward else shadow(x), convention)
+    "Parameters and multiply-accumulates; `ValueError` for what cannot be counted, with a remedy."
+    _check(input_size, convention)
+    shadow, x = meta_copy(module), _image(module, input_size)
+    try:
+        macs = _macs(lambda: forward(shadow, x) if forward else shadow(x), convention)
+    except RuntimeError as error:
+        raise _explained(error, module, input_size) from error
     return Cost(parameters(module), parameters(module, trainable=True), macs)

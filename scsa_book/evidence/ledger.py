@@ -59,7 +59,7 @@ class Recounted:
     count: int  # parameters, or multiply-accumulates
     status: str  # equal or differs
     twice: bool  # equal only when rounded twice
-    fitted: bool  # the count holds a quantity that was chosen to give the table
+    fitted: bool  # the count holds a quantity that neither a text nor released code shows
 
 # %% ../../nbs/evidence/ledger.ipynb #6f221e9e
 def recounted(cell: Cell) -> Recounted:
@@ -146,7 +146,7 @@ class Row:
     note: str = ""
     see: str = ""  # page that explains it, relative to nbs/
     twice: bool = False  # equal only when rounded twice
-    fitted: bool = False  # ours holds a quantity that was chosen to give the table
+    fitted: bool = False  # ours holds a quantity that neither a text nor released code shows
 
     def badge(self) -> Html:
         "The status as the pages show it."
@@ -165,7 +165,7 @@ def explained(entry: Recounted, exact: Decimal, shown: str) -> Reason:
     return Reason("", "")
 
 # %% ../../nbs/evidence/ledger.ipynb #3fbfe808
-FITTED = {  # source -> what was chosen to give its table
+FITTED = {  # source -> what neither a text nor released code shows
     "scsa": Reason("Fitted: the sizes of the images.", "evidence/recount.ipynb#sec-mix"),
     "sanet": Reason("Fitted: an extra norm.", "evidence/recount.ipynb#sec-extra-norm"),
     "cat": Reason("Fitted: three maps, stacked.", "evidence/recount.ipynb#sec-three-maps"),

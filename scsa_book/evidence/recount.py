@@ -50,7 +50,7 @@ class Tool:
     sizes: Mapping[tuple[int, int], int] = field(default_factory=lambda: {(224, 224): 1})
     forward: Callable[[nn.Module, Tensor], object] | None = None  # what counts; None: the call
     trainable: bool = False  # parameters without gradient do not count
-    fitted: str = ""  # what in it was chosen to give the FLOPs of the table
+    fitted: str = ""  # what in it neither a text nor released code shows
 
 # %% ../../nbs/evidence/recount.ipynb #4ef2bacc
 def features(network: nn.Module, x: Tensor) -> Tensor:
@@ -141,7 +141,8 @@ class Form:
     spelling: Spelling | None = None  # gets `options` too
     # patterns of blocks -> options that only they have
     blocks: Mapping[tuple[str, ...], Mapping[str, object]] = field(default_factory=lambda: {("*",): {}})
-    fitted: tuple[str, ...] = ()  # metrics for which the form was chosen to give the table
+    # metrics for which it holds a quantity that neither a text nor released code shows
+    fitted: tuple[str, ...] = ()
 
 # %% ../../nbs/evidence/recount.ipynb #1262568b
 NARROW, WIDE = "before_last_conv", "before_add"
@@ -307,6 +308,6 @@ def unit(cell: Cell) -> int:
 
 # %% ../../nbs/evidence/recount.ipynb #f0becd91
 def is_fitted(cell: Cell) -> bool:
-    "Whether our count holds a quantity that was chosen to give the table."
+    "Whether our count holds a quantity that neither a text nor released code shows."
     of_tool = bool(tool_of(cell).fitted) and cell.metric != "params_M"
     return of_tool or cell.metric in form_of(cell).fitted

@@ -82,7 +82,7 @@ class LedgerRow(Protocol):
     count: int | None
     note: str
     see: str  # page that explains it, relative to nbs/
-    fitted: bool  # ours holds a quantity that was chosen to give the table
+    fitted: bool  # ours holds a quantity that no text or code shows
 
     def badge(self) -> Html: ...
 

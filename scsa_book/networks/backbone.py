@@ -9,6 +9,7 @@ __all__ = ['Stages', 'dilate']
 from torch import Tensor, nn
 
 from .placement import attentions
+from .sites import joined
 from .small import PadShortcut
 
 # %% ../../nbs/networks/backbones.ipynb #c63e575c
@@ -18,11 +19,20 @@ def _layers(child: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in child.named_modules() if not f"{n}.".startswith(ours)}
 
 # %% ../../nbs/networks/backbones.ipynb #7d192096
+def _strides(child: nn.Module) -> dict[str, int]:
+    "The strides of all layers that have one, by name, without the blocks around them."
+    layers = {n: m.stride for n, m in _layers(child).items() if hasattr(m, "stride")}
+    inner = {n: s for n, s in layers.items() if not any(_inside(o, n) for o in layers)}
+    return {n: s if isinstance(s, int) else s[0] for n, s in inner.items()}
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name != outer and name.startswith(f"{outer}." if outer else "")
+
+# %% ../../nbs/networks/backbones.ipynb #1ae3e8ba
 def _stride(child: nn.Module) -> int:
     "By how much a stem layer or a stage divides the side of a map."
-    layers = (m for m in _layers(child).values() if isinstance(m, nn.Conv2d | nn.MaxPool2d))
-    strides = [m.stride if isinstance(m.stride, int) else m.stride[0] for m in layers]
-    return max(strides, default=1)
+    return max(_strides(child).values(), default=1)
 
 # %% ../../nbs/networks/backbones.ipynb #a1311883
 def _body(network: nn.Module) -> dict[str, nn.Module]:
@@ -68,11 +78,23 @@ class Stages(nn.Module):
         return maps
 
 # %% ../../nbs/networks/backbones.ipynb #151df70f
+def _check_stage(name: str, stage: nn.Module) -> None:
+    "Raise `ValueError` where a position is dropped by something else than a convolution."
+    layers, strides = _layers(stage), _strides(stage)
+    for child, layer in layers.items():
+        where = f"{joined(name, child)} ({type(layer).__name__})"
+        if isinstance(layer, PadShortcut):
+            raise ValueError(f"{where} drops positions and has no stride to turn into dilation")
+        if strides.get(child, 1) > 1 and not isinstance(layer, nn.Conv2d):
+            raise ValueError(
+                f"{where} has the stride {strides[child]} and is no convolution: "
+                "dilate before attend(), or take a ResNet whose convolutions have the strides"
+            )
+
+# %% ../../nbs/networks/backbones.ipynb #9c5a877e
 def _dilate_stage(stage: nn.Module, dilation: int, step: int) -> None:
     "No stride, and every later kernel of the stage reaches `step` times as far."
     for name, conv in _layers(stage).items():
-        if isinstance(conv, PadShortcut):
-            raise ValueError(f"{name} drops positions and has no stride to turn into dilation")
         if isinstance(conv, nn.Conv2d):
             strided, conv.stride = conv.stride != (1, 1), (1, 1)
             if conv.kernel_size != (1, 1):
@@ -80,20 +102,29 @@ def _dilate_stage(stage: nn.Module, dilation: int, step: int) -> None:
                 conv.padding = tuple(dilation * (k // 2) for k in conv.kernel_size)
             dilation *= step if strided and "downsample" not in name else 1
 
-# %% ../../nbs/networks/backbones.ipynb #9c5a877e
-def dilate(
-    network: nn.Module,  # ResNet of basic or bottleneck blocks
-    output_stride: int = 8,  # the side of no map falls below that of the image over this
-) -> nn.Module:  # the same network
-    "Turn the strides of the last stages into dilation. Weights and their names stay."
-    stride, dilation = 1, 1
+# %% ../../nbs/networks/backbones.ipynb #2f37357b
+def _too_coarse(network: nn.Module, output_stride: int) -> list[tuple[nn.Module, int]]:
+    "The stages that have to lose their stride, and that stride; `ValueError` if one cannot."
+    stride, found = 1, []
     for name, child in _body(network).items():
         step = _stride(child)
         if stride * step <= output_stride:
             stride *= step
         elif name.startswith("layer"):
-            _dilate_stage(child, dilation, step)
-            dilation *= step
+            _check_stage(name, child)
+            found.append((child, step))
         else:
             raise ValueError(f"output_stride={output_stride} is less than that of the stem")
+    return found
+
+# %% ../../nbs/networks/backbones.ipynb #e5c88b81
+def dilate(
+    network: nn.Module,  # ResNet of basic or bottleneck blocks
+    output_stride: int = 8,  # the side of no map falls below that of the image over this
+) -> nn.Module:  # the same network
+    "Turn the strides of the last stages into dilation. Weights and their names stay."
+    dilation = 1
+    for stage, step in _too_coarse(network, output_stride):
+        _dilate_stage(stage, dilation, step)
+        dilation *= step
     return network

@@ -12,6 +12,7 @@ from functools import partial
 from torch import nn
 from torchvision import models
 
+from ..attention.base import check_positive
 from ..attention.registry import unknown
 from scsa_book.networks.small import (
     initialise, resnet50_small, resnet101_small, small_resnet,
@@ -64,7 +65,5 @@ def build(
     "Build a network by name. `ValueError` for an unknown name or a number below 1."
     if name not in NETWORKS:
         raise unknown("network", name, NETWORKS)
-    for what, value in {"num_classes": num_classes, "in_channels": in_channels}.items():
-        if value < 1:
-            raise ValueError(f"{what}={value} must be at least 1")
+    check_positive("build", num_classes=num_classes, in_channels=in_channels)
     return NETWORKS[name](num_classes, in_channels)

@@ -22,7 +22,7 @@ from ..attention import registry
 from ..attention.base import check_choice, check_positive
 from .cascade import Cascade, cascade_stages
 from .fpn import WIDTH, Pyramid, freeze, stages_of
-from .placement import attend
+from .placement import attend, check_placing
 from scsa_book.networks.regions import (
     LAYOUTS, BoxPredictor, Layout, MaskPredictor, anchors, keep_gain, region_pool,
 )  # fmt: skip
@@ -98,6 +98,8 @@ class Checked:
     def forward(self, images, targets=None):
         if self.training:
             check_targets(images, targets, self.classes, self.masks)
+        elif not len(images):
+            raise ValueError("no images: a detector takes a list of one or more, (C, H, W) each")
         return super().forward(images, targets)
 
 # %% ../../nbs/networks/detection.ipynb #4f7ca992
@@ -232,7 +234,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's photog
 
 
 def _check_images(min_size, max_size: int, mean: Sequence, std: Sequence, stride: int) -> None:
-    shortest = min(min_size) if isinstance(min_size, Sequence) else min_size
+    sizes = min_size if isinstance(min_size, list | tuple) else [min_size]
+    if not sizes or not all(type(size) is int for size in (*sizes, max_size)):
+        kind = "whole numbers of pixels, min_size one or a list of several"
+        raise ValueError(f"min_size={min_size!r}, max_size={max_size!r} must be {kind}")
+    shortest = min(sizes)
     if shortest < 2 * stride:
         raise ValueError(
             f"min_size={min_size!r}: the coarsest stage has one place every {stride} pixels, so "
@@ -286,21 +292,15 @@ def _check_names(name: str, layout: str, norm: str, settings: Mapping) -> None:
     check_choice("build_detector", LAYOUTS, layout=layout)
     check_choice("build_detector", NORMS, norm=norm)
 
-
-def _check_attention(attention: str | None, options: Mapping | None) -> None:
-    if attention is not None:
-        registry.info(attention)
-    elif options:
-        raise ValueError(f"options={dict(options)!r} belong to an attention, and there is none")
-
 # %% ../../nbs/networks/detection.ipynb #ce950be9
 def build_detector(
     name: str,  # one of `detector_names()`
     num_classes: int,  # of objects; their labels are 1 to this, 0 is the background
     *,
     backbone: str = "resnet50",  # a network of `build` with four stages
-    attention: str | None = None,  # mechanism of the registry, in every block of the backbone
-    position: str | None = None,  # as in `attend`; None: its authors' position
+    attention: str | None = None,  # mechanism of the registry, placed in the backbone
+    position: str | None = None,  # as in `attend`; None: the role it is registered with
+    blocks: str | Sequence[str] = "*",  # patterns for the blocks that get one, as in `attend`
     options: Mapping[str, object] | None = None,  # of the mechanism
     layout: str = "torchvision",  # whose heads: of `LAYOUTS`
     norm: str = "batch",  # "fixed": keeps its statistics; "frozen": constants, no parameters
@@ -317,7 +317,7 @@ def build_detector(
 ) -> nn.Module:  # torchvision's interface: images, targets -> losses; images -> detections
     "Build a detector with random weights. A wrong name or value is a `ValueError` here."
     _check_names(name, layout, norm, settings)
-    _check_attention(attention, options)
+    check_placing(attention, position=position, blocks=blocks, options=options)
     check_positive("build_detector", num_classes=num_classes, head_channels=head_channels)
     body = stages_of(backbone, len(image_mean), width, norm == "frozen")
     stride = body.strides[-1]
@@ -331,7 +331,8 @@ def build_detector(
     plan = Plan(pyramid, num_classes, head_channels, scale, heads, images | settings)
     detector = _finish(kind.make(plan), num_classes)
     if attention:  # after all stock weights are drawn: with one seed they stay the same
-        attend(pyramid.body, attention, position=position, **(options or {}))
+        placing = {"position": position, "blocks": blocks, **(options or {})}
+        attend(pyramid.body, attention, **placing)
     freeze(pyramid, frozen_stages, norms=norm == "fixed")
     return detector
 

@@ -74,8 +74,9 @@ def freeze(
 ) -> Pyramid:  # the same
     "Take the gradient from stages, with the attention in them, and keep statistics still."
     names = [name for name, _ in pyramid.body.named_children()]
-    if not 0 <= stages <= len(pyramid.body.widths):
-        raise ValueError(f"frozen_stages={stages!r} must be 0 to {len(pyramid.body.widths)}")
+    if type(stages) is not int or not 0 <= stages <= len(pyramid.body.widths):
+        most = len(pyramid.body.widths)
+        raise ValueError(f"frozen_stages={stages!r} must be 0 to {most}, a whole number of stages")
     end = names.index(f"layer{stages}") + 1 if stages else 0
     for name in names[:end]:
         pyramid.body.get_submodule(name).requires_grad_(False)

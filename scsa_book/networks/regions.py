@@ -113,7 +113,7 @@ class MaskPredictor(MaskRCNNPredictor):
 # %% ../../nbs/networks/regions.ipynb #5e77e5ec
 @dataclass(frozen=True)
 class Layout:
-    "What a library gives the heads: no difference in what is detected, but in what is counted."
+    "What a library gives the heads: outputs nothing reads, and where RetinaNet's coarse levels come from."
 
     background: bool  # boxes and masks are predicted for the background, too
     scored: bool  # RetinaNet has a score for the background, too

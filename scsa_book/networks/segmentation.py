@@ -23,7 +23,7 @@ from ..attention.registry import unknown
 from .backbone import Stages, dilate
 from .build import build
 from .danet_head import DANetHead
-from .placement import attend
+from .placement import attend, check_placing
 
 # %% ../../nbs/networks/segmentation.ipynb #a90dba41
 def resize(x: Tensor, like: Tensor) -> Tensor:
@@ -161,6 +161,17 @@ def _check_one(network: Segmenter, side: Sequence[int]) -> None:
 LOSS_WEIGHTS = {"out": 1.0, "aux": 0.4, "position": 1.0, "channel": 1.0}
 
 # %% ../../nbs/networks/segmentation.ipynb #aa3c3be4
+def _check_labels(labels: Tensor, classes: int, ignore: int) -> None:
+    "Raise `ValueError` for a label without a score."
+    # only on the CPU: on a GPU a look at the values would wait for it at every step
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != ignore)]
+    if len(wrong):
+        known = f"with {classes} classes they are 0 to {classes - 1}, and {ignore} is not judged"
+        raise ValueError(f"labels hold {int(wrong[0])}; {known}")
+
+# %% ../../nbs/networks/segmentation.ipynb #4adf0b8e
 def segmentation_loss(
     answers: Tensor | Mapping[str, Tensor],  # of a `Segmenter`
     labels: Tensor,  # (B, H, W), whole numbers
@@ -170,6 +181,7 @@ def segmentation_loss(
 ) -> Tensor:
     "Cross-entropy, mean over the judged pixels, 0 if there are none; weighted over answers."
     answers = {"out": answers} if isinstance(answers, Tensor) else answers
+    _check_labels(labels, answers["out"].shape[1], ignore)
     judged = (labels != ignore).sum().clamp(min=1)
     entropy = partial(F.cross_entropy, target=labels, ignore_index=ignore, reduction="sum")
     return sum(weights[name] * entropy(logits) / judged for name, logits in answers.items())
@@ -194,15 +206,12 @@ def segmenter_names() -> list[str]:
     return list(KINDS)
 
 # %% ../../nbs/networks/segmentation.ipynb #50145e87
-def _check_request(name, num_classes, channels, attention, position, options) -> None:
+def _check_request(name, num_classes, channels) -> None:
     if name not in KINDS:
         raise unknown("segmentation network", name, KINDS)
+    check_positive("build_segmenter", num_classes=num_classes, channels=channels)
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes} must be at least 2: background is a class")
-    check_positive("build_segmenter", channels=channels)
-    if attention is None and (position or options):
-        given = f"position={position!r}, options={options!r}"
-        raise ValueError(f"{given} without attention: name a mechanism, or leave them out")
 
 # %% ../../nbs/networks/segmentation.ipynb #3e60d1ff
 def build_segmenter(
@@ -210,8 +219,9 @@ def build_segmenter(
     num_classes: int,  # scores a pixel, background included
     *,
     backbone: str = "resnet50",  # a ResNet of `network_names()`
-    attention: str | None = None,  # mechanism of the registry, placed in every block
-    position: str | None = None,  # see `attend`; None: its authors' role
+    attention: str | None = None,  # mechanism of the registry
+    position: str | None = None,  # see `attend`; None: the role it is registered with
+    blocks: str | Sequence[str] = "*",  # patterns for the blocks that get one, as in `attend`
     options: Mapping | None = None,  # of the mechanism
     auxiliary: bool = False,  # a second head on the last stage but one, only for training
     channels: int = 512,  # of the head; the auxiliary head has half of them
@@ -219,7 +229,8 @@ def build_segmenter(
     in_channels: int = 3,  # 1 for grey images
 ) -> Segmenter:  # random weights
     "Build a segmentation network. `ValueError` for unknown names, positions and options."
-    _check_request(name, num_classes, channels, attention, position, options)
+    _check_request(name, num_classes, channels)
+    check_placing(attention, position=position, blocks=blocks, options=options)
     network, kind = build(backbone, 1, in_channels), KINDS[name]
     if kind.output_stride:
         dilate(network, kind.output_stride)
@@ -228,5 +239,6 @@ def build_segmenter(
     inner = max(channels // 2, 1)
     second = FCNHead(stages.widths[-2], inner, num_classes, dropout) if auxiliary else None
     if attention:  # last, so that one seed gives the same stock weights with and without
-        attend(stages, attention, position=position, **(options or {}))
+        placing = {"position": position, "blocks": blocks, **(options or {})}
+        attend(stages, attention, **placing)
     return Segmenter(stages, head, second, in_channels)

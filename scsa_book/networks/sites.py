@@ -201,4 +201,11 @@ def _no_position(network, position, blocks) -> ValueError:
     return ValueError(
         f"{type(network).__name__} has no position {position!r}. "
         f"Possible here: {offer}. In blocks of every kind: {' or '.join(ROLES)}"
+        f"{_without_stages(position)}"
     )
+
+
+def _without_stages(position: str) -> str:
+    "The way to a place between stages for a network that has no container for each."
+    staged = position in ("between_stages", "after_last_stage")
+    return ", or after_block with blocks= for the last block of each stage" if staged else ""
