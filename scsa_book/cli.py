@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot', 'bench', 'any_gpu', 'Device', 'Dtype', 'Layout',
            'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters', 'title', 'decided',
-           'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'execute', 'run_folder', 'is_locked', 'in_words',
-           'make_run', 'run', 'sweep', 'job', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger',
-           'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
+           'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'execute', 'is_locked', 'in_words', 'make_run',
+           'run', 'sweep', 'job', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger', 'modules',
+           'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -165,7 +165,7 @@ def execute(task: str, parameters: dict[str, Any], config, execution):
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
-    from scsa_book.training.result import finished, result_path, write_whole
+    from scsa_book.training.result import finished, result_path, run_folder, write_whole
 
     notebook = task_notebook(task)
     work = run_folder(config, execution) / "notebook.ipynb"
@@ -185,13 +185,6 @@ def execute(task: str, parameters: dict[str, Any], config, execution):
     write_whole(result_path(config, execution).with_suffix(".ipynb"), page)
     work.unlink()
     return finished(config, execution)
-
-# %% ../nbs/reference/command-line.ipynb #953f52e7
-def run_folder(config, execution) -> Path:
-    "Where a run keeps its checkpoints, found without importing Lightning."
-    from scsa_book.places import cache_folder
-
-    return (execution.cache_dir or cache_folder()) / config.id
 
 # %% ../nbs/reference/command-line.ipynb #10c85eac
 def is_locked(folder: Path) -> bool:
@@ -225,7 +218,7 @@ def make_run(
 ) -> tuple[Any, bool]:
     "The result of a run, and whether it had been finished already."
     from scsa_book.training.config import from_notebook
-    from scsa_book.training.result import finished
+    from scsa_book.training.result import finished, run_folder
 
     check_parameters(task_notebook(task), parameters)
     config, execution = from_notebook({"task": task, **parameters})

@@ -1,10 +1,12 @@
-"""What several test files look at: the book's root and its notebooks."""
+"""What several test files use: the book's root and its notebooks, and a network that hides nothing."""
 
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +29,20 @@ def name_of(path):
 def cells_of(path, kind=None):
     cells = json.loads(path.read_text("utf-8"))["cells"]
     return [cell for cell in cells if kind in (None, cell["cell_type"])]
+
+
+def shake(network):
+    "Random statistics and affine values, and no γ at zero, so that no layer is the identity."
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / 4)
+        if hasattr(module, "gamma"):
+            module.gamma.data.fill_(0.5)
+    return network
 
 
 @pytest.fixture(scope="session")

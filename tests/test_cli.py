@@ -217,6 +217,25 @@ def test_stopping_by_hand_is_no_traceback(inside, capsys, monkeypatch):
     assert said(capsys, "run", "classify", "-p", "seed=97") == (130, "", "")
 
 
+def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(book):
+    # SIGTERM reaches this command alone; the training is in a process that it has started.
+    words = [f"{name}={value}" for name, value in {**TINY, "epochs": 40, "seed": 5}.items()]
+    parameters = [word for pair in words for word in ("-p", pair)]
+    command = [sys.executable, "-m", "scsa_book.cli", "run", "classify", *parameters]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=book, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+    assert any(line.startswith("epoch 2/40") for line in process.stderr)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert re.search(r"asked to leave after \d+ epochs; the same call goes on from there", err)
+    done = scsa_book("run", "classify", *parameters, cwd=book)
+    assert done.returncode == 0, done.stderr
+    config = configure("sample", **{**TINY, "epochs": 40, "seed": 5})
+    result = load_result(book / "nbs" / "results" / "sample" / f"{config.id}.json")
+    assert result.starts == 2 and [e.epoch for e in result.epochs] == [*range(1, 41)]
+
+
 # ---- what there is
 
 

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import timm
 import torch
+from conftest import shake
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
@@ -49,18 +50,6 @@ def tiny(attention=None, **options):
     torch.manual_seed(0)
     network = small_resnet(8, 10)
     return attend(network, attention, **options) if attention else network
-
-
-def shake(network):
-    "Random running statistics and affine values, so that no normalisation is the identity."
-    generator = torch.Generator().manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight.data, module.running_var):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-            for tensor in (module.bias.data, module.running_mean):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return network
 
 
 # ---- counts ----

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shake
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
@@ -44,20 +45,6 @@ def size(module):
 def small(name, classes=5, seed=0, **options):
     torch.manual_seed(seed)
     return build_segmenter(name, classes, **SMALL | options)
-
-
-def shake(network):
-    "Random statistics and affine values, and no γ at zero, so that no layer is the identity."
-    generator = torch.Generator().manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight.data, module.running_var):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-            for tensor in (module.bias.data, module.running_mean):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) / 4)
-        if hasattr(module, "gamma"):
-            module.gamma.data.fill_(0.5)
-    return network
 
 
 def batch(images=2, side=(32, 48), classes=5):

@@ -13,9 +13,9 @@ from conftest import ROOT
 
 from scsa_book.data.images import Draw
 from scsa_book.networks.placement import attentions, maps_of
-from scsa_book.training import checkpoints, run
+from scsa_book.training import run
 from scsa_book.training.config import Execution, configure
-from scsa_book.training.result import load_result, result_path
+from scsa_book.training.result import load_result, result_path, run_folder
 from scsa_book.training.task import decay, rate_factor
 from scsa_book.training.tasks import TASKS, build_network, stock_weights
 
@@ -118,7 +118,7 @@ def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(task,
     assert "in the middle\n" in child.stdout
     os.kill(child.pid, how)
     child.communicate(timeout=60)
-    left = sorted(p.name for p in checkpoints.run_folder(config, where).glob("*.ckpt"))
+    left = sorted(p.name for p in run_folder(config, where).glob("*.ckpt"))
     middle = ["epoch=0001-after-0000002.ckpt"] if how == signal.SIGTERM else []
     assert left == ["epoch=0000.ckpt", *middle]
     resumed, result = train(config, where)

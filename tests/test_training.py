@@ -328,7 +328,7 @@ def test_a_run_that_is_killed_in_mid_epoch_ends_as_if_it_had_not_been(where, tmp
     child = child_in_the_middle(config, tmp_path)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    left = sorted(p.name for p in checkpoints.run_folder(config, where).glob("*.ckpt"))
+    left = sorted(p.name for p in result.run_folder(config, where).glob("*.ckpt"))
     assert left == ["epoch=0000.ckpt", "epoch=0001.ckpt"]
 
     resumed = train(config, where)
@@ -345,7 +345,7 @@ def test_a_run_that_is_asked_to_leave_goes_on_from_that_very_step(where, tmp_pat
     child.terminate()
     said, _ = child.communicate(timeout=60)
     assert "asked to leave after 2 epochs; the same call goes on" in said and child.returncode == 0
-    left = sorted(p.name for p in checkpoints.run_folder(config, where).glob("*.ckpt"))
+    left = sorted(p.name for p in result.run_folder(config, where).glob("*.ckpt"))
     assert left == ["epoch=0000.ckpt", "epoch=0001.ckpt", "epoch=0002-after-0000004.ckpt"]
 
     seen, real = [], Classify.training_step
@@ -358,7 +358,7 @@ def test_a_run_that_is_asked_to_leave_goes_on_from_that_very_step(where, tmp_pat
     assert (resumed.starts, [e.epoch for e in resumed.epochs]) == (2, [1, 2, 3, 4])
     assert metrics(resumed) == metrics(whole)
     assert bytes_of(resumed.network) == bytes_of(whole.network)
-    assert [p.name for p in checkpoints.run_folder(config, where).glob("*.ckpt")] == ["epoch=0003.ckpt"]
+    assert [p.name for p in result.run_folder(config, where).glob("*.ckpt")] == ["epoch=0003.ckpt"]
 
 
 def test_too_little_memory_names_what_takes_less(where, monkeypatch):
@@ -394,7 +394,7 @@ def stopped(where, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(stopped, where, tmp_path, capsys):
-    newest = checkpoints.run_folder(stopped, where) / "epoch=0001.ckpt"
+    newest = result.run_folder(stopped, where) / "epoch=0001.ckpt"
     content = bytearray(newest.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 64] = bytes(64)
@@ -407,7 +407,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(stopped, whe
 
 
 def test_when_no_checkpoint_can_be_read_the_run_begins_anew(stopped, where, tmp_path):
-    for path in checkpoints.run_folder(stopped, where).glob("*.ckpt"):
+    for path in result.run_folder(stopped, where).glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:1000])
     resumed = train(stopped, where)
     assert resumed.starts == 1 and len(resumed.epochs) == 4
@@ -415,7 +415,7 @@ def test_when_no_checkpoint_can_be_read_the_run_begins_anew(stopped, where, tmp_
 
 def test_of_a_finished_run_the_last_checkpoint_is_kept_and_used(stopped, where):
     done = train(stopped, where)
-    folder = checkpoints.run_folder(stopped, where)
+    folder = result.run_folder(stopped, where)
     assert [p.name for p in folder.glob("*.ckpt")] == ["epoch=0003.ckpt"]
     again = train(stopped, where)
     assert again.epochs == done.epochs and bytes_of(again.network) == bytes_of(done.network)
@@ -449,7 +449,7 @@ def test_a_run_that_was_interrupted_by_hand_has_no_result(where, monkeypatch):
 
 def test_a_second_process_is_told_so(where):
     config = tiny()
-    folder = checkpoints.run_folder(config, where)
+    folder = result.run_folder(config, where)
     folder.mkdir(parents=True)
     said = f"{config.id} is being trained by another"
     with FileLock(folder / "lock"), pytest.raises(checkpoints.RunBusy, match=said):
@@ -465,7 +465,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(where):
     said = r"became nan at step 2 of epoch 1 \(step 2 of the run\).*smaller lr"
     with pytest.raises(history.NonFiniteLoss, match=said):
         train(config, where)
-    assert not list(checkpoints.run_folder(config, where).glob("*.ckpt"))
+    assert not list(result.run_folder(config, where).glob("*.ckpt"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

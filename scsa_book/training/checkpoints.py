@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reseed', 'OnLeaving', 'keep_newest', 'readable', 'newest_checkpoint', 'checkpoint_room', 'keep_last', 'forget',
-           'RunBusy', 'run_folder', 'only_one']
+           'RunBusy', 'only_one']
 
 # %% ../../nbs/training/checkpoints.ipynb #fb25060f
 import contextlib
@@ -24,8 +24,7 @@ from torch import nn
 
 # %% ../../nbs/training/checkpoints.ipynb #aa5308fe
 from ..data.loading import derived_seed
-from ..places import cache_folder
-from .config import Execution, RunConfig
+from .config import RunConfig
 
 # %% ../../nbs/training/checkpoints.ipynb #bbe9c4a7
 class Reseed(L.Callback):
@@ -123,11 +122,6 @@ def forget(folder: Path) -> None:
 # %% ../../nbs/training/checkpoints.ipynb #72ec0605
 class RunBusy(RuntimeError):
     "Another process is at this run."
-
-# %% ../../nbs/training/checkpoints.ipynb #64ec5f32
-def run_folder(config: RunConfig, execution: Execution = Execution()) -> Path:  # noqa: B008
-    "Where the checkpoints and logs of a run are."
-    return (execution.cache_dir or cache_folder()) / config.id
 
 # %% ../../nbs/training/checkpoints.ipynb #b00015de
 @contextlib.contextmanager

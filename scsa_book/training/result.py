@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'Epoch', 'Data', 'Machine', 'Code', 'RunResult', 'versions', 'git', 'code_state', 'device_name',
-           'DiskError', 'free_bytes', 'disk_error', 'write_whole', 'require_room', 'result_path', 'load_result',
-           'finished', 'all_results']
+           'DiskError', 'free_bytes', 'disk_error', 'write_whole', 'require_room', 'result_path', 'run_folder',
+           'load_result', 'finished', 'all_results']
 
 # %% ../../nbs/training/result.ipynb #383dcf92
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 
 # %% ../../nbs/training/result.ipynb #42c184e4
 from pydantic import BaseModel, ConfigDict
-from ..places import book_root, results_folder
+from ..places import book_root, cache_folder, results_folder
 from .config import Execution, RunConfig
 
 # %% ../../nbs/training/result.ipynb #93e35709
@@ -181,6 +181,11 @@ def result_path(config: RunConfig, execution: Execution | None = None) -> Path:
     given = execution.results_dir if execution else None
     folder = given / config.preset if given else results_folder(config.preset)
     return folder / f"{config.id}.json"
+
+# %% ../../nbs/training/result.ipynb #052b8bee
+def run_folder(config: RunConfig, execution: Execution | None = None) -> Path:
+    "Where the checkpoints and logs of a run are."
+    return ((execution and execution.cache_dir) or cache_folder()) / config.id
 
 # %% ../../nbs/training/result.ipynb #477806b8
 def load_result(path: Path) -> RunResult:

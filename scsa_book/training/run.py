@@ -31,13 +31,14 @@ from ..data.loading import EpochDraws, ImageModule
 from ..networks.placement import reconnect
 from scsa_book.training.checkpoints import (
     OnLeaving, Reseed,
-    checkpoint_room, forget, keep_last, keep_newest, newest_checkpoint, only_one, run_folder,
+    checkpoint_room, forget, keep_last, keep_newest, newest_checkpoint, only_one,
 )  # fmt: skip
 from .config import Execution, RunConfig
 from .history import History
 from scsa_book.training.result import (
     Data, Epoch, Machine, RunResult,
-    code_state, device_name, disk_error, require_room, result_path, versions, write_whole,
+    code_state, device_name, disk_error, require_room, result_path, run_folder, versions,
+    write_whole,
 )  # fmt: skip
 from .task import Classify, Task
 
