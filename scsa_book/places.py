@@ -74,6 +74,9 @@ class DataError(RuntimeError):
         self.problem, self.where, self.remedy = problem, str(where), remedy
         super().__init__(f"{problem}: {where}. {remedy}")
 
+    def __reduce__(self):  # a worker process hands it over whole, not as its message alone
+        return DataError, (self.problem, self.where, self.remedy)
+
 # %% ../nbs/training/places.ipynb #178d654e
 import hashlib
 

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
+from itertools import product
 
 import pytest
 import torch
 from conftest import ROOT
+from torchvision.transforms.functional import to_pil_image
 
 from scsa_book.data.images import Draw
 from scsa_book.networks.placement import attentions, maps_of
+from scsa_book.places import DataError
 from scsa_book.training import run
 from scsa_book.training.config import Execution, configure
 from scsa_book.training.result import load_result, result_path, run_folder
@@ -125,6 +128,41 @@ def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(task,
     whole, _ = train(config, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
     assert result.starts == 2 and bytes_of(resumed.network) == bytes_of(whole.network)
     assert [e.metrics for e in resumed.epochs] == [e.metrics for e in whole.epochs]
+
+
+@pytest.fixture
+def birds(tmp_path):
+    "A data root with pictures of two classes in files of their own."
+    generator = torch.Generator().manual_seed(0)
+    for half, bird, number in product(("train", "val"), ("finch", "wren"), range(6)):
+        file = tmp_path / "data" / "birds" / half / bird / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (3, 40, 40), generator=generator, dtype=torch.uint8)
+        to_pil_image(pixels).save(file)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_that_goes_away_in_mid_epoch_is_said_and_the_run_goes_on(workers, birds, where, monkeypatch):
+    config = configure("sample", **FEW, dataset="folder:birds", network="resnet8")
+    here = where.model_copy(update={"data_root": birds, "workers": workers})
+    kind, away = run.task_class("classify"), birds.with_name("away")
+    step = kind.training_step
+
+    def until_the_disk_is_gone(self, batch, batch_idx):
+        if (self.trainer.current_epoch, batch_idx) == (1, 0):
+            birds.rename(away)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "training_step", until_the_disk_is_gone)
+        said = r"^cannot reach \d.png \(No such file or directory\): .*birds.*put the data back.*goes on"
+        with pytest.raises(DataError, match=said):
+            train(config, here)
+    away.rename(birds)
+    done, result = train(config, here)
+    whole, _ = train(config, here.model_copy(update={"cache_dir": where.cache_dir / "other"}))
+    assert result.starts == 2 and bytes_of(done.network) == bytes_of(whole.network)
 
 
 def test_an_epoch_of_steps_goes_through_the_pictures_as_often_as_it_takes(where):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 import numpy as np
+from .images import opened
 from ..places import DataError
 
 # %% ../../nbs/training/annotations.ipynb #63950586
@@ -334,15 +335,10 @@ def visdrone_object(line: str, where: str) -> Found:
 # %% ../../nbs/training/annotations.ipynb #ddae0580
 def size_on_disk(path: Path, remedy: str) -> tuple[int, int]:
     "Height and width of a picture from its header; DataError if it is missing or none."
-    from PIL import Image, UnidentifiedImageError
-
     if not path.is_file():
         raise DataError(f"no file {path.name}", path.parent, remedy)
-    try:
-        with Image.open(path) as file:
-            return file.height, file.width
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"cannot read {path.name} ({error})", path.parent, remedy) from None
+    with opened(path, remedy) as file:
+        return file.height, file.width
 
 # %% ../../nbs/training/annotations.ipynb #f454f3c2
 def read_lines(path: Path, remedy: str) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from . import annotations as ann
 from . import detection
 from .detection import ANY, Detections, PictureDetections, SceneDetections
 from .images import IMAGENET, PICTURES, Draw, Facts, ImageSet
-from .images import fingerprint_of_files, read_picture, seeded
+from .images import fingerprint_of_files, opened, read_picture, seeded
 from .scenes import SceneOptions
 from ..places import DataError
 
@@ -202,13 +202,8 @@ def grey_table(meaning: Mapping[int, int]) -> np.ndarray:
 # %% ../../nbs/training/segmentation-data.ipynb #c613cf3f
 def read_classes(path: Path, table: np.ndarray, remedy: str) -> Tensor:
     "Classes, uint8 (H, W), of a file of greys; DataError for a grey that means nothing."
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as file:
-            greys = np.asarray(file)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"cannot decode {path.name} ({error})", path.parent, remedy) from error
+    with opened(path, remedy) as file:
+        greys = np.asarray(file)
     if greys.ndim != 2 or greys.dtype != np.uint8:
         raise DataError(f"{path.name} has colours, not numbers of classes", path.parent, remedy)
     classes = table[greys]
