@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot', 'bench', 'any_gpu', 'Device', 'Dtype', 'Layout',
-           'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters', 'title', 'decided',
-           'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'execute', 'is_locked', 'in_words', 'make_run',
-           'run', 'sweep', 'job', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger', 'modules',
-           'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
+           'Compiled', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters', 'title',
+           'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'execute', 'is_locked', 'in_words',
+           'make_run', 'run', 'sweep', 'job', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger',
+           'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -374,6 +374,7 @@ any_gpu = "cpu or cuda; default: a GPU if there is one."
 Device = Annotated[str | None, typer.Option(help=any_gpu)]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Layout = Annotated[str, typer.Option(help="channels_first or channels_last.")]
+Compiled = Annotated[bool, typer.Option("--compiled", help="Through torch.compile.")]
 
 # %% ../nbs/reference/command-line.ipynb #2e50fc7a
 @bench.command()
@@ -384,12 +385,14 @@ def modules(
     device: Device = None,
     dtype: Dtype = "float32",
     layout: Layout = "channels_first",
+    compiled: Compiled = False,
     budget: Annotated[float, typer.Option(help="Seconds of rounds for each mechanism.")] = 4.0,
 ) -> None:
     "Every mechanism beside its peer: forward, training step, memory."
     from scsa_book.evidence import speed
 
-    speed.command(names or (), device, dtype, layout, budget)
+    how = {"device": device, "dtype": dtype, "layout": layout, "compiled": compiled}
+    speed.command(names or (), budget, **how)
 
 # %% ../nbs/reference/command-line.ipynb #5c8561c8
 @bench.command()
@@ -399,7 +402,7 @@ def networks(
     device: Device = None,
     dtype: Dtype = "float32",
     layout: Layout = "channels_first",
-    compiled: Annotated[bool, typer.Option(help="Through torch.compile.")] = False,
+    compiled: Compiled = False,
     batch: Annotated[int, typer.Option(help="Images at a time.")] = 8,
     size: Annotated[int, typer.Option(help="Side of an image.")] = 224,
     budget: Annotated[float, typer.Option(help="Seconds of rounds.")] = 60.0,

@@ -137,6 +137,42 @@ def test_maps_are_the_factors_of_forward(name):
 
 
 @MECHANISM
+@pytest.mark.parametrize("size", [(9, 14), (40, 26)], ids=str)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_in_use_it_computes_what_it_computes_in_training(name, size, threads):
+    # Without a gradient, in single precision on a CPU, other kernels may be at work.
+    channels = 256 if size == (40, 26) and name not in NARROW else WIDTH  # images that are taken singly
+    module, before = build(name, channels).eval(), torch.get_num_threads()
+    x = torch.randn(2, channels, *size)
+    exact = copy.deepcopy(module).double()(x.double()).detach()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            y = module(x)
+    finally:
+        torch.set_num_threads(before)
+    assert relative(y.double(), exact) < 1e-5
+    assert relative(y, module(x.requires_grad_()).detach()) < 1e-5
+
+
+# PyTorch has no forward derivative for its fused attention.
+WITHOUT_TANGENT = {"non_local", "strided_sparse"}
+
+
+@MECHANISM
+@torch.no_grad()
+def test_function_transforms(name):
+    module, x = build(name, dtype=torch.float64).eval(), torch.randn(3, 1, WIDTH, 9, 14, dtype=torch.float64)
+    assert torch.allclose(torch.vmap(module)(x), torch.stack([module(image) for image in x]))
+    single = copy.deepcopy(module).float()
+    assert relative(torch.vmap(single)(x.float()).double(), torch.vmap(module)(x)) < 1e-5
+    if name not in WITHOUT_TANGENT:
+        step = 1e-6 * x[1]
+        slope = torch.func.jvp(module, (x[0],), (x[1],))[1]
+        assert relative(slope, (module(x[0] + step) - module(x[0] - step)) / 2e-6) < 1e-6
+
+
+@MECHANISM
 def test_gradcheck(name):
     module = build(name, dtype=torch.float64).eval()
     x = torch.randn(1, WIDTH, 3, 8, dtype=torch.float64, requires_grad=True)

@@ -60,7 +60,7 @@ def test_a_peer_does_the_same_as_ours(source, name, train):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", registry.names())
 def test_every_pair_runs_in_every_setting(name, dtype, layout):
-    setting = speed.setting_of("cpu", dtype, layout)
+    setting = speed.setting_of("cpu", dtype=dtype, layout=layout)
     x = speed.example((2, CHANNELS, 14, 15), setting)
     torch.manual_seed(0)
     ours = registry.create(name, CHANNELS)
@@ -235,6 +235,15 @@ def test_the_networks_command_leaves_a_file(monkeypatch, tmp_path, capsys, netwo
     assert path.name == "networks-resnet8-cpu-float32-channels_last.json"
     assert speed.network_results() == [networks]
     assert "noise: " in capsys.readouterr().out
+
+
+def test_a_compiled_module_is_compiled_in_every_run():
+    setting = speed.setting_of("cpu", compiled=True)
+    module, x = registry.create("se", 16), torch.randn(1, 16, 4, 4)
+    assert speed.twin(module)._compiled_call_impl is None
+    ready = speed.prepared(module, x, setting)
+    assert speed.twin(ready)._compiled_call_impl is not None  # nothing is compiled before it is called
+    assert setting.words == ["cpu", "float32", "channels_first", "compiled"]
 
 
 # ---- ours are the faster ones

@@ -339,7 +339,7 @@ def test_compiles_whole_and_exports(name):
 @pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
 @pytest.mark.parametrize("size", [(15, 22), (7, 7), (56, 9)], ids=str)
 def test_the_fast_path_is_the_definition(name, last, size):
-    "Output and all gradients; with gradients and without, two paths of their own."
+    "Output and all gradients; with gradients, without, and without in single precision: paths of their own."
     module = with_random_values(build(name, dtype=torch.float64)).eval()
     layout = torch.channels_last if last else torch.contiguous_format
     x = torch.randn(3, 16, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
@@ -348,6 +348,8 @@ def test_the_fast_path_is_the_definition(name, last, size):
     expected = module.recombine(x, module.attention_maps(x))
     with torch.no_grad():
         assert torch.allclose(module(x), expected)
+        single = copy.deepcopy(module).float()(x.float())  # whose rows are added by a kernel of their own
+        assert torch.allclose(single.double(), expected, rtol=1e-4, atol=1e-5)
     assert torch.allclose(y, expected)
     found = torch.autograd.grad((y * weight).sum(), wanted)
     for a, b in zip(found, torch.autograd.grad((expected * weight).sum(), wanted), strict=True):

@@ -21,7 +21,7 @@ from scsa_book.attention.base import (
     check_odd,
     check_positive,
 )
-from .fast import as_written, scaled, scaled_extremes, spare
+from .fast import scaled, scaled_extremes, singly
 from ..pooling import channel_average, channel_maximum
 from ..pooling import global_average, global_maximum
 
@@ -101,7 +101,7 @@ class PlaceLogits(nn.Module):
 def near(part: nn.Module, x: Tensor, gates: Tensor) -> bool:
     "Whether `part` can summarise a scaled image while it is in the cache."
     extremes = getattr(part, "squeeze", None) is channel_extremes
-    return extremes and not as_written(x) and spare(x, gates)
+    return extremes and singly(x, gates)
 
 
 ORDERS = ("channel-spatial", "spatial-channel", "parallel")

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CACHED', 'per_channel', 'attended_at_once', 'attended', 'joint_kernel', 'convolve_strips', 'rows_spread',
-           'WeightedRows', 'weighted_rows', 'spare', 'scaled', 'with_product', 'scaled_extremes', 'as_written']
+           'WeightedRows', 'weighted_rows', 'spare', 'scaled', 'with_product', 'singly', 'scaled_extremes',
+           'as_written']
 
 # %% ../../nbs/synergy/fast.ipynb #a190462d
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pooling import fitting, window_rows
+from ..pooling import fitting, plain, window_rows
 
 # %% ../../nbs/synergy/fast.ipynb #f4c73305
 def per_channel(x: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -56,7 +57,8 @@ def convolve_strips(
     "Both strips through all convolutions at once, end to end with a gap between."
     kernel, bias = joint_kernel(convs)
     half = kernel.shape[3] // 2
-    z = torch.cat([F.pad(rows[:, :, None], (0, half)), columns[:, :, None]], 3)
+    gap = rows.new_zeros(1, 1, 1).expand(*rows.shape[:2], half)
+    z = torch.cat([rows, gap, columns], 2)[:, :, None]
     u = F.conv2d(z, kernel, bias, padding=(0, half), groups=z.shape[1])
     return u[..., : rows.shape[2]], u[..., rows.shape[2] + half :]
 
@@ -121,6 +123,11 @@ def with_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return y.addcmul_(a, b) if spare(y, a, b) else torch.addcmul(y, a, b)
 
 # %% ../../nbs/synergy/fast.ipynb #0d73112c
+def singly(x: Tensor, *others: Tensor) -> bool:
+    "Whether the images of `x` can be taken one at a time, with results in a given place."
+    return plain(x) and spare(x, *others)
+
+
 def scaled_extremes(
     x: Tensor,  # (B, C, H, W)
     factor: Tensor,  # (B, C, 1, 1)

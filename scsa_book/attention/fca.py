@@ -155,7 +155,7 @@ def coefficients(
     "Every channel's coefficient for the pattern of its group."
     patterns = (rows[:, :, None] * columns[:, None, :]).to(x.dtype)
     groups = x.unflatten(1, (len(patterns), x.shape[1] // len(patterns)))
-    if as_written(x) or is_channels_last(x):
+    if x.requires_grad or as_written(x) or is_channels_last(x):
         return (groups * patterns[:, None]).sum((-2, -1)).flatten(1)
     each = patterns.flatten(1).repeat(len(x), 1)[:, None]
     return (each @ groups.flatten(3).flatten(0, 1).mT).view(x.shape[:2])

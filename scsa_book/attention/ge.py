@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry
 from .base import check_choice, check_positive
-from ..pooling import global_average
+from ..pooling import global_average, is_channels_last
 
 # %% ../../nbs/channel/ge.ipynb #36a18713
 class GatherMean(nn.Module):
@@ -42,7 +42,7 @@ class GatherWhole(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_fit(x, self.weight.shape[1:], self.training)
         weight = self.weight[None]
-        if x.is_contiguous(memory_format=torch.channels_last):
+        if is_channels_last(x):
             # The product of tensors in two formats takes three times as long.
             weight = weight.contiguous(memory_format=torch.channels_last)
         return (x * weight).sum((-2, -1), keepdim=True)

@@ -20,6 +20,7 @@ from scsa_book.attention.base import (
     check_choice,
     check_positive,
 )
+from ..pooling import is_channels_last
 
 # %% ../../nbs/hybrid/sa.ipynb #d5edf39c
 class Affine(nn.Module):
@@ -142,8 +143,7 @@ class Halves(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         return super().forward(x.contiguous()).contiguous(memory_format=layout)
 
     def extra_repr(self) -> str:

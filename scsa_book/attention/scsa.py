@@ -15,7 +15,7 @@ from .base import Attention, Authors, Entry, check_choice
 from .fast import scaled, weighted_rows
 from .pcsa import PCSA
 from .smsa import SMSA
-from ..pooling import window_columns
+from ..pooling import bagged_rows, fitting, in_bags, window_columns
 
 # %% ../../nbs/synergy/scsa.ipynb #1750f30b
 ORDERS = {
@@ -66,10 +66,16 @@ class Fused(Halves):
             return super().forward(x)
         self.check(x)
         s_h, s_w = self.smsa.gates(x)
-        x = x * s_h
-        rows = weighted_rows(x, s_w, self.pcsa.window)
-        s = self.pcsa.channel_gates(window_columns(rows, self.pcsa.window))
-        return scaled(x, s_w * s)
+        window = self.pcsa.window
+        if in_bags(x) and not s_h.requires_grad:  # the map with one gate is not needed
+            rows = bagged_rows(x, fitting(window, x.shape[2]), s_h) * s_w
+            return scaled(x * s_h, s_w * self.heard(rows))
+        y = x * s_h
+        return scaled(y, s_w * self.heard(weighted_rows(y, s_w, window)))
+
+    def heard(self, rows: Tensor) -> Tensor:
+        "PCSA's gates, (B, C, 1, 1), from the rows of its windows, (B, C, H', W)."
+        return self.pcsa.channel_gates(window_columns(rows, self.pcsa.window))
 
 # %% ../../nbs/synergy/scsa.ipynb #77a84a17
 class SCSA(Fused):

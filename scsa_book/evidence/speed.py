@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['READS', 'Run', 'LEAST', 'MOST', 'SHORT', 'SETTINGS', 'Peer', 'SHAPE', 'SHAPES', 'LAYOUTS', 'reads', 'Spread',
-           'spread', 'settle', 'seconds', 'calls_of', 'take_turns', 'ratios', 'keep_memory', 'forward', 'graph',
+           'spread', 'settle', 'seconds', 'calls_of', 'take_turns', 'ratios', 'keep_memory', 'twin', 'forward', 'graph',
            'training', 'changes', 'memory', 'Side', 'Row', 'bytes_of', 'time_both', 'source', 'compared', 'measure',
-           'peers_of_the_book', 'Setting', 'ModulesResult', 'setting_of', 'example', 'placed', 'bench_module',
-           'bench_modules', 'measured_on', 'whole', 'result_path', 'newest', 'in_words', 'command', 'NetworkSetting',
-           'NetworkRow', 'layers_of', 'is_mechanism', 'Peered', 'bytes_moved', 'runs_of_the_machine', 'Machinery',
-           'machinery', 'NetworksResult', 'with_peers', 'network_forms', 'in_use', 'bench_networks', 'network_row',
-           'network_result', 'network_path', 'network_results', 'network_words', 'networks_command']
+           'peers_of_the_book', 'Setting', 'ModulesResult', 'setting_of', 'example', 'prepared', 'placed',
+           'bench_module', 'bench_modules', 'measured_on', 'whole', 'result_path', 'newest', 'in_words', 'command',
+           'NetworkSetting', 'NetworkRow', 'layers_of', 'is_mechanism', 'Peered', 'bytes_moved', 'runs_of_the_machine',
+           'Machinery', 'machinery', 'NetworksResult', 'with_peers', 'network_forms', 'in_use', 'bench_networks',
+           'network_row', 'network_result', 'network_path', 'network_results', 'network_words', 'networks_command']
 
 # %% ../../nbs/evidence/speed.ipynb #d1183348
 # Passes over the map that must read it, where they are not two: one to decide, one to scale.
@@ -134,21 +134,29 @@ def keep_memory() -> None:
         os.execve(sys.executable, command, os.environ | SETTINGS)
 
 # %% ../../nbs/evidence/speed.ipynb #0ea5ef35
+def twin(module: nn.Module) -> nn.Module:
+    "A copy, compiled if the module is: PyTorch's copies forget that."
+    copied = copy.deepcopy(module)
+    if module._compiled_call_impl is not None:
+        copied.compile()
+    return copied
+
+
 def forward(module: nn.Module, x: Tensor) -> Run:
     "The forward pass, as in use."
-    module = copy.deepcopy(module).eval()
+    module = twin(module).eval()
     return torch.no_grad()(lambda: module(x))
 
 
 def graph(module: nn.Module, x: Tensor) -> Run:
     "The forward pass that keeps what its backward pass will need."
-    module, leaf = copy.deepcopy(module).train(), x.detach().requires_grad_()
+    module, leaf = twin(module).train(), x.detach().requires_grad_()
     return lambda: module(leaf)
 
 
 def training(module: nn.Module, x: Tensor) -> Run:
     "Forward, and backward to the input and all parameters."
-    module, leaf = copy.deepcopy(module).train(), x.detach().requires_grad_()
+    module, leaf = twin(module).train(), x.detach().requires_grad_()
     wanted, weight = [leaf, *module.parameters()], torch.ones_like(x)
     return lambda: torch.autograd.grad(module(leaf), wanted, weight)
 
@@ -293,6 +301,12 @@ class Setting(BaseModel):
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"] = "float32"
     layout: Literal["channels_first", "channels_last"] = "channels_first"
+    compiled: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        "The setting as parts of a file's name."
+        return [self.device, self.dtype, self.layout] + ["compiled"] * self.compiled
 
 # %% ../../nbs/evidence/speed.ipynb #fd0a85a5
 class ModulesResult(BaseModel):
@@ -307,10 +321,10 @@ class ModulesResult(BaseModel):
     seconds: float  # of the whole measurement
 
 # %% ../../nbs/evidence/speed.ipynb #aceeded3
-def setting_of(device: str | None, dtype: str, layout: str) -> Setting:
+def setting_of(device: str | None = None, **how) -> Setting:
     "The setting; `ValueError` for one that there is not, or not on this machine."
     there = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = Setting(device=device or there, dtype=dtype, layout=layout)
+    chosen = Setting(device=device or there, **how)
     if chosen.device == "cuda" and there == "cpu":
         raise ValueError("device='cuda': PyTorch sees no GPU here; take device='cpu'")
     return chosen
@@ -321,6 +335,14 @@ def example(shape: Sequence[int], setting: Setting) -> Tensor:
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     kw = {"dtype": getattr(torch, setting.dtype), "memory_format": LAYOUTS[setting.layout]}
     return x.to(setting.device, **kw)
+
+
+def prepared(module: nn.Module, x: Tensor, setting: Setting) -> nn.Module:
+    "`placed`, and compiled if that is the setting; the compiling itself waits for a call."
+    module = placed(module, x)
+    if setting.compiled:
+        module.compile()
+    return module
 
 
 def placed(module: nn.Module, x: Tensor) -> nn.Module:
@@ -341,8 +363,8 @@ def bench_module(
     torch.manual_seed(0)
     x = example(shape or SHAPES.get(name, SHAPE), setting)
     ours = registry.create(name, x.shape[1])
-    peer = None if make_peer is None else placed(make_peer(ours), x)
-    return measure(name, placed(ours, x), x, peer, budget)
+    peer = None if make_peer is None else prepared(make_peer(ours), x, setting)
+    return measure(name, prepared(ours, x, setting), x, peer, budget)
 
 # %% ../../nbs/evidence/speed.ipynb #19dd4801
 def bench_modules(
@@ -350,6 +372,7 @@ def bench_modules(
     device: str | None = None,  # "cpu", "cuda"; None: a GPU if there is one
     dtype: str = "float32",  # or "bfloat16"
     layout: str = "channels_first",  # or "channels_last"
+    compiled: bool = False,  # each through torch.compile, for this shape
     *,
     peers: Mapping[str, Peer] | None = None,  # None: those of the book
     shape: Sequence[int] | None = None,  # None: `SHAPE`, or what `SHAPES` has
@@ -357,7 +380,8 @@ def bench_modules(
     show: Callable[[Row], object] = lambda row: None,  # told of every row at once
 ) -> ModulesResult:
     "Measure mechanisms; `ValueError` for an unknown name or setting."
-    start, setting = time.perf_counter(), setting_of(device, dtype, layout)
+    how = {"dtype": dtype, "layout": layout, "compiled": compiled}
+    start, setting = time.perf_counter(), setting_of(device, **how)
     names = [registry.info(name).name for name in names or registry.names()]
     peers = peers_of_the_book() if peers is None else peers
     control = bench_module("se", setting, copy.deepcopy, shape, budget)
@@ -392,9 +416,8 @@ def whole(setting: Setting, control: Row, rows: list[Row], duration: float) -> M
 # %% ../../nbs/evidence/speed.ipynb #d76e6aea
 def result_path(result: ModulesResult, folder: Path | None = None) -> Path:
     "Where a result belongs."
-    s = result.setting
     folder = folder or results_folder("speed")
-    return folder / f"modules-{s.device}-{s.dtype}-{s.layout}.json"
+    return folder / f"modules-{'-'.join(result.setting.words)}.json"
 
 
 def newest(folder: Path | None = None) -> ModulesResult | None:
@@ -420,16 +443,14 @@ def in_words(row: Row) -> str:
 
 def command(
     names: Sequence[str] = (),  # mechanisms; none: all
-    device: str | None = None,
-    dtype: str = "float32",
-    layout: str = "channels_first",
     budget: float = 4.0,
+    **how,  # device, dtype, layout, compiled
 ) -> None:
     "Measure in a process that keeps its memory, and say it; what is of all mechanisms is kept."
-    if setting_of(device, dtype, layout).device == "cpu":
+    if setting_of(**how).device == "cpu":
         keep_memory()
     show = lambda row: print(in_words(row), flush=True)  # noqa: E731
-    result = bench_modules(names, device, dtype, layout, budget=budget, show=show)
+    result = bench_modules(names, **how, budget=budget, show=show)
     if names:
         print(f"{result.seconds:.0f} s; only a measurement of all mechanisms is kept")
         return
@@ -450,7 +471,10 @@ class NetworkSetting(Setting):
     network: str = "resnet50"
     batch: int = 8
     size: int = 224  # height and width of an image
-    compiled: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        return [self.network, *super().words]
 
 
 class NetworkRow(BaseModel):
@@ -545,8 +569,8 @@ class NetworksResult(BaseModel):
 
     def bound(self, row: NetworkRow) -> float:
         "Seconds that the row takes at least, by traffic or by arithmetic."
-        moving = row.bytes_moved / self.machinery.bandwidth.median
-        return max(moving, row.macs / self.machinery.arithmetic.median)
+        moving = row.bytes_moved / self.machinery.bandwidth.high
+        return max(moving, row.macs / self.machinery.arithmetic.high)
 
 # %% ../../nbs/evidence/speed.ipynb #802b5d1d
 def with_peers(network: nn.Module, name: str, make: Peer) -> nn.Module:
@@ -624,9 +648,8 @@ def network_result(setting, rows: list[NetworkRow], taken: Mapping, seconds: flo
 # %% ../../nbs/evidence/speed.ipynb #8326df5b
 def network_path(setting: NetworkSetting, folder: Path | None = None) -> Path:
     "Where a result belongs."
-    s, folder = setting, folder or results_folder("speed")
-    words = [s.network, s.device, s.dtype, s.layout] + ["compiled"] * s.compiled
-    return folder / f"networks-{'-'.join(words)}.json"
+    folder = folder or results_folder("speed")
+    return folder / f"networks-{'-'.join(setting.words)}.json"
 
 
 def network_results(folder: Path | None = None) -> list[NetworksResult]:
@@ -650,8 +673,8 @@ def network_words(result: NetworksResult, row: NetworkRow) -> str:
 # %% ../../nbs/evidence/speed.ipynb #dd9f60f7
 def networks_command(names: Sequence[str] = ("scsa",), budget: float = 60.0, **how) -> None:
     "Measure in a process that keeps its memory, say it, and keep it."
-    there = setting_of(how.pop("device"), how.pop("dtype"), how.pop("layout"))
-    setting = NetworkSetting(**there.model_dump(), **how)
+    of_all = {name: how.pop(name) for name in Setting.model_fields}
+    setting = NetworkSetting(**setting_of(**of_all).model_dump(), **how)
     if setting.device == "cpu":
         keep_memory()
     result = bench_networks(names, setting, budget=budget)
