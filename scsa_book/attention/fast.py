@@ -57,8 +57,8 @@ def convolve_strips(
     "Both strips through all convolutions at once, end to end with a gap between."
     kernel, bias = joint_kernel(convs)
     half = kernel.shape[3] // 2
-    gap = rows.new_zeros(1, 1, 1).expand(*rows.shape[:2], half)
-    z = torch.cat([rows, gap, columns], 2)[:, :, None]
+    # in four dimensions, so that channels that stand side by side stay there
+    z = torch.cat([F.pad(rows[:, :, None], (0, half)), columns[:, :, None]], 3)
     u = F.conv2d(z, kernel, bias, padding=(0, half), groups=z.shape[1])
     return u[..., : rows.shape[2]], u[..., rows.shape[2] + half :]
 

@@ -23,6 +23,7 @@ from ..attention.registry import unknown
 from .backbone import Stages, dilate
 from .build import build
 from .danet_head import DANetHead
+from .fpn import WIDTH, narrow
 from .placement import attend, check_placing
 
 # %% ../../nbs/networks/segmentation.ipynb #a90dba41
@@ -227,11 +228,13 @@ def build_segmenter(
     channels: int = 512,  # of the head; the auxiliary head has half of them
     dropout: float = 0.1,  # share of channels dropped before a classifier
     in_channels: int = 3,  # 1 for grey images
+    width: int = WIDTH,  # channels of the first stage; fewer make a lighter backbone
 ) -> Segmenter:  # random weights
     "Build a segmentation network. `ValueError` for unknown names, positions and options."
     _check_request(name, num_classes, channels)
     check_placing(attention, position=position, blocks=blocks, options=options)
     network, kind = build(backbone, 1, in_channels), KINDS[name]
+    narrow(network, width)
     if kind.output_stride:
         dilate(network, kind.output_stride)
     stages = Stages(network)
