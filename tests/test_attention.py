@@ -268,7 +268,7 @@ def test_inductor(name):
         weight = torch.randn_like(x)
         (module(x) * weight).sum().backward()
         (compiled(u) * weight).sum().backward()
-        assert relative(compiled(u), module(x)) < 1e-4
+        assert relative(compiled(u), module(x)) < 5e-4  # a norm divides rounding by a small deviation
         assert relative(u.grad, x.grad) < 1e-3
 
 

@@ -61,7 +61,8 @@ class CrossSpatial(nn.Module):
     def by_strips(self, g: Tensor, z_h: Tensor, z_w: Tensor) -> Tensor:
         "The first branch: (N, c, H, W) -> (N, c, H, W)."
         u = self.mix(torch.cat([z_h, z_w], 2)).sigmoid()
-        u_h, u_w = u.split(g.shape[2:], 2)
+        # Two slices: of a split, Inductor (PyTorch 2.15, CPU) takes a wrong gradient.
+        u_h, u_w = u[..., : g.shape[2]], u[..., g.shape[2] :]
         return self.norm(scaled(g * u_h[..., None], u_w[:, :, None]))
 
     def by_places(self, g: Tensor, z_w: Tensor) -> tuple[Tensor, Tensor]:
