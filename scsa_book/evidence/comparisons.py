@@ -185,6 +185,8 @@ def recipe(config: RunConfig) -> str:
     "Data, network and recipe of a configuration, in one sentence."
     c, few = config, config.train_images
     network = f"{c.network} on {c.backbone}" if c.backbone else c.network
+    sizes = [f"{k} {v}" for k, v in c.network_options.items() if not k.startswith(("rpn_", "box_"))]
+    network += f" ({', '.join(sizes)})" if sizes else ""
     data = f"{few:,} training pictures" if few else "all training pictures"
     return (
         f"Data: {c.dataset}, {data}. Network: {network}. Recipe: {c.epochs} epochs, "
