@@ -70,7 +70,8 @@ def gate_of(maps: Mapping[str, Tensor]) -> Tensor:
 def draw_gate(where, which, name: str, gate: Tensor) -> None:
     drawn = where.imshow(gate.mean(0), MAP)
     plt.colorbar(drawn, ax=where, shrink=0.75)
-    where.set(title=name.rpartition(".attention")[0], xticks=[], yticks=[])
+    place = name.rpartition(".attention")[0].split(".")[-3:]  # what it is in is the same for all
+    where.set(title=".".join(place), xticks=[], yticks=[])
     which.bar(range(len(gate)), gate.mean((1, 2)), width=1)
     which.set(xlabel="channel")
 
