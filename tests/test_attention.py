@@ -256,6 +256,10 @@ def test_onnx(name):
     assert relative(torch.from_numpy(y), module(x)) < 1e-4
 
 
+# A norm divides rounding by a small deviation.
+ROUNDED = {"non_local": 5e-4}
+
+
 @MECHANISM
 @pytest.mark.slow
 def test_inductor(name):
@@ -268,7 +272,7 @@ def test_inductor(name):
         weight = torch.randn_like(x)
         (module(x) * weight).sum().backward()
         (compiled(u) * weight).sum().backward()
-        assert relative(compiled(u), module(x)) < 5e-4  # a norm divides rounding by a small deviation
+        assert relative(compiled(u), module(x)) < ROUNDED.get(name, 1e-4)
         assert relative(u.grad, x.grad) < 1e-3
 
 

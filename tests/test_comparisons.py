@@ -56,6 +56,15 @@ def test_a_label_is_no_part_of_a_run():
     assert [c.id for c, _ in one.plan()] == [c.id for c, _ in other.plan()]
 
 
+def test_a_recipe_says_how_light_the_network_is():
+    given = {"network_options": {"width": 16, "channels": 32}}
+    said = co.recipe(configure("cpu", task="segment", **given))
+    assert "Network: upernet on resnet18 (width 16, channels 32). Recipe: 20 epochs" in said
+    sizes = co.recipe(configure("cpu", task="detect"))
+    assert "head_channels 128, min_size 192, max_size 256)" in sizes and "rpn_" not in sizes
+    assert "Network: resnet20. Recipe" in co.recipe(configure("cpu"))
+
+
 def test_ids_that_results_rest_on_stay():
     ids = {c.id for name in ("cifar100", "scsa-ablation") for c, _ in experiment(name).plan(seeds=[0])}
     assert {

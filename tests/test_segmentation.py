@@ -537,6 +537,16 @@ def test_half_precision_and_channels_last(name):
         assert network(x).isfinite().all()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lighter_backbone_is_the_same_network_with_fewer_channels(name):
+    stock, light = (build_segmenter(name, 5, **SMALL | {"width": width}) for width in (64, 16))
+    assert list(light.state_dict()) == list(stock.state_dict())
+    assert [4 * w for w in light.backbone.widths] == stock.backbone.widths
+    assert light.backbone.strides == stock.backbone.strides
+    x, _ = batch()
+    assert light.eval()(x).shape == stock.eval()(x).shape
+
+
 # ---- errors ----
 
 
@@ -555,6 +565,8 @@ def test_half_precision_and_channels_last(name):
         ({"blocks": "layer4.*"}, "blocks='layer4..' without attention"),
         ({"attention": "se", "blocks": "layer9.*"}, "blocks='layer9.*' matches no block"),
         ({"num_classes": "5"}, "num_classes='5' must be a positive integer"),
+        ({"width": 0}, "width=0 must be a positive integer"),
+        ({"backbone": "resnet20", "width": 16}, "width=16 scales a stem of 64 channels, and this has 16"),
         ({"options": {"reduction": 4}}, "without attention"),
         ({"dropout": 1.5}, "dropout probability"),
     ],

@@ -237,6 +237,16 @@ def test_the_networks_command_leaves_a_file(monkeypatch, tmp_path, capsys, netwo
     assert "noise: " in capsys.readouterr().out
 
 
+def test_the_roof_is_the_best_of_what_was_measured():
+    rates = {"product": (2e9, 3e9, 4e9), "convolution": (1e9, 5e9, 6e9)}  # multiply-accumulates a second
+    taken = {run: [speed.WORK[run] / rate for rate in found] for run, found in rates.items()}
+    found = speed.machinery(taken | {"copy": [2 * 2**26 / rate for rate in (1e9, 2e9, 4e9)]})
+    assert found.arithmetic.median == pytest.approx(5e9) and found.arithmetic.high == pytest.approx(6e9)
+    assert (found.bandwidth.low, found.bandwidth.high) == pytest.approx((1e9, 4e9))
+    setting = speed.Setting(device="cpu")
+    assert set(speed.runs_of_the_machine(setting)) == {"copy", *speed.WORK}
+
+
 def test_a_compiled_module_is_compiled_in_every_run():
     setting = speed.setting_of("cpu", compiled=True)
     module, x = registry.create("se", 16), torch.randn(1, 16, 4, 4)
