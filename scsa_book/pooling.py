@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'SHORT', 'FEW', 'check_map', 'global_average', 'channel_average', 'global_maximum', 'channel_maximum',
-           'entropy', 'global_entropy', 'channel_entropy', 'axis_average', 'transformed', 'is_channels_last', 'plain',
-           'in_turns', 'strips_in_turns', 'in_one_product', 'last_average', 'in_bags', 'bagged_rows', 'strip_average',
-           'check_window', 'fitting', 'one_pass', 'window_rows', 'window_columns', 'window_average', 'window_maximum']
+           'entropy', 'global_entropy', 'channel_entropy', 'axis_average', 'transformed', 'is_channels_last',
+           'with_gradient', 'plain', 'in_turns', 'strips_in_turns', 'in_one_product', 'last_average', 'in_bags',
+           'bagged_rows', 'strip_average', 'check_window', 'fitting', 'one_pass', 'window_rows', 'window_columns',
+           'window_average', 'window_maximum']
 
 # %% ../nbs/foundations/pooling.ipynb #6328a953
 import math
@@ -107,9 +108,14 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/foundations/pooling.ipynb #9de8769e
+def with_gradient(*tensors: Tensor) -> bool:
+    "Whether autograd writes down what is done with these."
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def plain(x: Tensor) -> bool:
     "Whether `x` is on a CPU, and no gradient, compiler or transform looks on."
-    watched = x.requires_grad or torch.compiler.is_compiling() or transformed()
+    watched = with_gradient(x) or torch.compiler.is_compiling() or transformed()
     return x.device.type == "cpu" and not watched
 
 
@@ -130,7 +136,7 @@ def strips_in_turns(x: Tensor) -> tuple[Tensor, Tensor]:
 LARGE = 2**18  # numbers of an image
 
 # %% ../nbs/foundations/pooling.ipynb #4c3c9ae0
-SHORT = 32  # places of a row
+SHORT = 64  # places of a row
 FEW = 2  # threads: a sum takes as many as there are, this product one
 
 

@@ -402,11 +402,71 @@ def test_shapes_alone_are_counted_as_written():
     assert seen == 6 * C * (H + W) + 16 * (3 * C + 2 * C * C)
 
 
-def test_less_is_kept_for_the_backward_pass():
-    module, x = SCSA(64), torch.randn(2, 64, 56, 56)
+STRIPS = ("scsa", "smsa", "ca", "ela")  # whose product with two gates has a gradient of its own
+
+
+@pytest.mark.parametrize("name", STRIPS)
+def test_less_is_kept_for_the_backward_pass(name):
+    module, x = registry.create(name, 64), torch.randn(2, 64, 56, 56)
     ours = speed.bytes_of(module, x)["kept"]
-    literal = speed.bytes_of(peers.Straightforward(peers.scsa, module), x)["kept"]
-    assert x.nbytes < ours < 0.62 * literal
+    literal = speed.bytes_of(peers.straightforward(name)(module), x)["kept"]
+    assert 0 < ours < 0.15 * literal and ours < 0.25 * x.nbytes
+
+
+@pytest.mark.parametrize("layout", speed.LAYOUTS.values(), ids=speed.LAYOUTS)
+@pytest.mark.parametrize("name", STRIPS)
+def test_gradients_of_maps_in_pieces(name, layout):
+    "Several pieces, rows and columns in no window, single precision; a gradient that has no memory."
+    module = with_random_values(registry.create(name, 256)).eval()
+    x = torch.randn(2, 256, 36, 33).contiguous(memory_format=layout).requires_grad_()
+    weight, wanted = torch.randn(2, 1, 36, 33), [x, *module.parameters()]
+    found = torch.autograd.grad((module(x) * weight).sum(), wanted)
+    exact, leaf = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    y = exact.recombine(leaf, exact.attention_maps(leaf))
+    expected = torch.autograd.grad((y * weight).sum(), [leaf, *exact.parameters()], retain_graph=True)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() < 1e-4 * b.abs().max()
+    (spread,) = torch.autograd.grad(module(x).sum(), x)
+    (alone,) = torch.autograd.grad(y.sum(), leaf)
+    assert torch.allclose(spread.double(), alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STRIPS)
+def test_gradients_of_a_part(name):
+    "Of the map alone, of the parameters alone, and many at a time."
+    module = with_random_values(build_double(name)).eval()
+    x = torch.randn(2, 16, 9, 8, dtype=torch.float64)
+    weight = torch.randn(3, 2, 16, 9, 8, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    parameters = list(module.parameters())
+    both = torch.autograd.grad(module(leaf), [leaf, *parameters], weight[0])
+    of_parameters = torch.autograd.grad(module(x), parameters, weight[0])
+    many = torch.autograd.grad(module(leaf), [leaf, *parameters], weight, is_grads_batched=True)
+    module.requires_grad_(False)
+    (of_map,) = torch.autograd.grad(module(leaf), leaf, weight[0])
+    (transformed,) = torch.func.vjp(module, x)[1](weight[0])
+    for a, b in zip((of_map, *of_parameters), both, strict=True):
+        assert torch.allclose(a, b)
+    assert torch.allclose(transformed, of_map)
+    assert all(torch.allclose(a[0], b) for a, b in zip(many, both, strict=True))
+
+
+def build_double(name):
+    options = {"ela": {"norm_groups": 4}}.get(name, {})
+    return registry.create(name, 16, **options).double()
+
+
+@pytest.mark.parametrize("name", STRIPS)
+def test_training_under_autocast(name):
+    module, x = with_random_values(registry.create(name, 32)), torch.randn(2, 32, 14, 15)
+    grads = []
+    for enabled in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = module(leaf)
+            y.float().square().sum().backward()
+        grads.append(leaf.grad)
+    assert (grads[0] - grads[1]).abs().max() < 0.1 * grads[0].abs().max()
 
 
 # ---- clear errors --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
-from .fast import scaled
+from .fast import gated
 from ..pooling import strip_average
 
 # %% ../../nbs/hybrid/ca.ipynb #1da90be0
@@ -50,8 +50,7 @@ class CA(Attention):
         return {"height": s_h[..., None], "width": s_w[:, :, None]}
 
     def forward(self, x: Tensor) -> Tensor:
-        s_h, s_w = self.attention_maps(x).values()
-        return scaled(x * s_h, s_w)
+        return gated(x, *self.attention_maps(x).values())
 
 # %% ../../nbs/hybrid/ca.ipynb #dfbb5abe
 AUTHORS_NAMES = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry
 from .base import check_odd, check_positive
+from .fast import gated
 from .smsa import GroupNorm
 from ..pooling import strip_average
 
@@ -89,6 +90,9 @@ class ELA(Attention):
         # On a GPU, autocast normalises in single precision: back to the map's.
         s_h, s_w = s_h.to(x.dtype), s_w.to(x.dtype)
         return {"height": s_h[..., None], "width": s_w[:, :, None]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated(x, *self.attention_maps(x).values())
 
 # %% ../../nbs/hybrid/ela.ipynb #6cd5e019
 AUTHORS_NAMES = {"conv": "strip.conv", "gn": "strip.norm"}

@@ -12,10 +12,10 @@ from math import prod
 from torch import Tensor
 
 from .base import Attention, Authors, Entry, check_choice
-from .fast import scaled, weighted_rows
+from .fast import gated, gated_rows, scaled
 from .pcsa import PCSA
 from .smsa import SMSA
-from ..pooling import bagged_rows, fitting, in_bags, window_columns
+from ..pooling import in_bags, window_columns, window_rows, with_gradient
 
 # %% ../../nbs/synergy/scsa.ipynb #1750f30b
 ORDERS = {
@@ -67,11 +67,11 @@ class Fused(Halves):
         self.check(x)
         s_h, s_w = self.smsa.gates(x)
         window = self.pcsa.window
-        if in_bags(x) and not s_h.requires_grad:  # the map with one gate is not needed
-            rows = bagged_rows(x, fitting(window, x.shape[2]), s_h) * s_w
-            return scaled(x * s_h, s_w * self.heard(rows))
+        if in_bags(x) or with_gradient(x, s_h):  # the map with one gate need not be there
+            rows = gated_rows(x, s_h, s_w, window)
+            return gated(x, s_h, s_w * self.heard(rows))
         y = x * s_h
-        return scaled(y, s_w * self.heard(weighted_rows(y, s_w, window)))
+        return scaled(y, s_w * self.heard(window_rows(y, window) * s_w))
 
     def heard(self, rows: Tensor) -> Tensor:
         "PCSA's gates, (B, C, 1, 1), from the rows of its windows, (B, C, H', W)."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Attention, Entry, check_choice
-from .fast import convolve_strips, scaled
+from .fast import convolve_strips, gated
 from ..gates import check_gate, gate
 from ..pooling import strip_average
 
@@ -108,8 +108,7 @@ class StripGates(StripMaps):
         return s_h.mT, s_w
 
     def forward(self, x: Tensor) -> Tensor:
-        s_h, s_w = self.gates(x)
-        return scaled(x * s_h, s_w)
+        return gated(x, *self.gates(x))
 
 # %% ../../nbs/synergy/smsa.ipynb #fcd3b03f
 NORMS = {  # number of groups, channels -> a norm of strips
