@@ -95,10 +95,11 @@ def axis_average(
 
 # %% ../nbs/foundations/pooling.ipynb #0a7d17e8
 def transformed() -> bool:
-    "Whether torch.func (vmap, jvp, grad) is at work; there is no public way to ask."
+    "Whether torch.func or forward mode is at work; there is no public way to ask."
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -433,7 +433,7 @@ def test_gradients_of_maps_in_pieces(name, layout):
 
 @pytest.mark.parametrize("name", STRIPS)
 def test_gradients_of_a_part(name):
-    "Of the map alone, of the parameters alone, and many at a time."
+    "Of the map alone, of the parameters alone, many at a time, and the other way round."
     module = with_random_values(build_double(name)).eval()
     x = torch.randn(2, 16, 9, 8, dtype=torch.float64)
     weight = torch.randn(3, 2, 16, 9, 8, dtype=torch.float64)
@@ -442,12 +442,17 @@ def test_gradients_of_a_part(name):
     both = torch.autograd.grad(module(leaf), [leaf, *parameters], weight[0])
     of_parameters = torch.autograd.grad(module(x), parameters, weight[0])
     many = torch.autograd.grad(module(leaf), [leaf, *parameters], weight, is_grads_batched=True)
+    with torch.autograd.forward_ad.dual_level():
+        y = module(torch.autograd.forward_ad.make_dual(x, weight[1]))
+        slope = torch.autograd.forward_ad.unpack_dual(y).tangent
+    assert torch.allclose(slope, torch.func.jvp(module, (x,), (weight[1],))[1])
     module.requires_grad_(False)
     (of_map,) = torch.autograd.grad(module(leaf), leaf, weight[0])
     (transformed,) = torch.func.vjp(module, x)[1](weight[0])
     for a, b in zip((of_map, *of_parameters), both, strict=True):
         assert torch.allclose(a, b)
     assert torch.allclose(transformed, of_map)
+    assert torch.allclose((slope * weight[0]).sum(), (of_map * weight[1]).sum())
     assert all(torch.allclose(a[0], b) for a, b in zip(many, both, strict=True))
 
 
