@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot', 'bench', 'any_gpu', 'Device', 'Dtype', 'Layout',
            'Compiled', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters', 'title',
-           'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'execute', 'is_locked', 'in_words',
-           'make_run', 'run', 'sweep', 'job', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger',
-           'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
+           'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory', 'execute', 'is_locked',
+           'in_words', 'make_run', 'run', 'sweep', 'job', 'names_in_use', 'list_names', 'counting', 'recounting',
+           'ledger', 'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -159,6 +159,20 @@ def passing_on_sigterm():
     finally:
         signal.signal(signal.SIGTERM, before)
 
+# %% ../nbs/reference/command-line.ipynb #cc3d562f
+@contextlib.contextmanager
+def keeping_memory():
+    "What is started here has a glibc that keeps what is freed."
+    from scsa_book.places import KEEP_MEMORY
+
+    added = {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
 # %% ../nbs/reference/command-line.ipynb #40ddd34b
 def execute(task: str, parameters: dict[str, Any], config, execution):
     "Execute a run notebook; its result. RunFailed, or ValueError for missing data, in its words."
@@ -171,7 +185,7 @@ def execute(task: str, parameters: dict[str, Any], config, execution):
     work = run_folder(config, execution) / "notebook.ipynb"
     work.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with passing_on_sigterm():
+        with passing_on_sigterm(), keeping_memory():
             done = papermill.execute_notebook(
                 str(notebook), str(work), parameters,
                 kernel_name="python3", cwd=str(notebook.parent), progress_bar=False,

@@ -13,7 +13,8 @@ from conftest import ROOT
 from filelock import FileLock
 
 from scsa_book import cli
-from scsa_book.training.config import Execution, RunConfig, configure
+from scsa_book.places import KEEP_MEMORY
+from scsa_book.training.config import Execution, RunConfig, configure, from_notebook
 from scsa_book.training.result import load_result
 
 TINY = {"train_images": 128, "test_images": 30, "batch_size": 32, "epochs": 1, "warmup_epochs": 0}
@@ -215,6 +216,27 @@ def test_stopping_by_hand_is_no_traceback(inside, capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "execute", stopped)
     assert said(capsys, "run", "classify", "-p", "seed=97") == (130, "", "")
+
+
+def test_the_kernel_of_a_run_keeps_memory(inside, monkeypatch):
+    "What is set stays, and nothing stays set."
+    import papermill
+
+    class Started(Exception):
+        pass
+
+    def start(*args, **kwargs):
+        raise Started({name: os.environ.get(name) for name in KEEP_MEMORY})
+
+    monkeypatch.setattr(papermill, "execute_notebook", start)
+    one, other = KEEP_MEMORY
+    monkeypatch.setenv(one, "1")
+    monkeypatch.delenv(other, raising=False)
+    config, execution = from_notebook({"task": "classify", "preset": "sample"})
+    with pytest.raises(Started) as seen:
+        cli.execute("classify", {}, config, execution)
+    assert seen.value.args[0] == {one: "1", other: KEEP_MEMORY[other]}
+    assert os.environ[one] == "1" and other not in os.environ
 
 
 def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(book):

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..attention import registry
-from ..places import book_root, results_folder
+from ..places import KEEP_MEMORY, book_root, results_folder
 from ..training.result import Code, Machine
 from ..training.result import code_state, device_name, versions, write_whole
 
@@ -119,11 +119,7 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 # %% ../../nbs/evidence/speed.ipynb #1c6e6fcf
-SETTINGS = {
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    "MALLOC_TRIM_THRESHOLD_": "8000000000",
-    "KINETO_LOG_LEVEL": "99",  # the profiler's remarks on devices that are not there
-}
+SETTINGS = KEEP_MEMORY | {"KINETO_LOG_LEVEL": "99"}  # remarks on devices that are not there
 
 # %% ../../nbs/evidence/speed.ipynb #a5e336c3
 def keep_memory() -> None:
