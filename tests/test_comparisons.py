@@ -221,6 +221,8 @@ def test_what_was_spent():
     assert co.spent(runs) == (
         "6 runs, 0:06:06 (h:mm:ss), 576,000 training images seen; on a processor × 1."
     )
+    other = runs[0].model_copy(update={"machine": runs[0].machine.model_copy(update={"device": "another"})})
+    assert co.spent([*runs, other]).endswith(f"; on a processor × 1 and another × 1. {co.SEVERAL}")
     steps = result(configure(task="detect", preset="cpu", epoch_steps=10), 20.0)
     assert co.images_seen(steps) == 12 * 10 * 4
     assert co.spent([steps]).startswith("1 run, 0:01:01")
