@@ -332,6 +332,18 @@ def test_compiles_whole_and_exports(name):
     assert torch.allclose(program.module()(many), module(many), atol=1e-6)
 
 
+def test_sizes_may_be_free():
+    "Of an exported program, which asks for two windows on either axis, and of a compiled one."
+    module, free = build("scsa").eval(), {axis: torch.export.Dim(f"axis{axis}", min=14) for axis in (2, 3)}
+    program = torch.export.export(module, (torch.randn(2, 16, 15, 22),), dynamic_shapes=(free,)).module()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in [(15, 22), (33, 16), (30, 57)]:
+        x = torch.randn(2, 16, *size)
+        for made in (program, compiled):
+            assert torch.allclose(made(x), module(x), atol=1e-6)
+
+
 # ---- the fast path: `attention_maps` is the definition -----------------------------------------------
 
 
