@@ -1141,6 +1141,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'scsa_book.evidence.cost._macs': ('evidence/cost.html#_macs', 'scsa_book/evidence/cost.py'),
                                          'scsa_book.evidence.cost._noting': ('evidence/cost.html#_noting', 'scsa_book/evidence/cost.py'),
                                          'scsa_book.evidence.cost._rule': ('evidence/cost.html#_rule', 'scsa_book/evidence/cost.py'),
+                                         'scsa_book.evidence.cost._rules': ('evidence/cost.html#_rules', 'scsa_book/evidence/cost.py'),
                                          'scsa_book.evidence.cost.cost': ('evidence/cost.html#cost', 'scsa_book/evidence/cost.py'),
                                          'scsa_book.evidence.cost.meta_copy': ( 'evidence/cost.html#meta_copy',
                                                                                 'scsa_book/evidence/cost.py'),

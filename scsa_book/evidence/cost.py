@@ -93,8 +93,15 @@ def _noting(convention: Convention) -> Iterator[dict[nn.Module, int]]:
         handle.remove()
 
 # %% ../../nbs/evidence/cost.ipynb #e8232bff
+def _rules(convention: Convention) -> dict:
+    "By operation, and by overload: PyTorch before 2.15 takes others apart before it looks."
+    overloads = {getattr(op, name): rule for op, rule in convention.ops.items()
+                 for name in op.overloads()}
+    return {**convention.ops, **overloads}
+
+
 def _macs(run: Callable[[], object], convention: Convention) -> int:
-    counter = FlopCounterMode(display=False, custom_mapping=dict(convention.ops))
+    counter = FlopCounterMode(display=False, custom_mapping=_rules(convention))
     with torch.inference_mode(), _noting(convention) as layers, counter:
         run()
     found = counter.get_flop_counts().get("Global", {})
