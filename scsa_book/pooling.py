@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGE', 'SHORT', 'FEW', 'exporting', 'check_map', 'global_average', 'channel_average', 'global_maximum',
            'channel_maximum', 'entropy', 'global_entropy', 'channel_entropy', 'axis_average', 'transformed',
-           'is_channels_last', 'with_gradient', 'plain', 'in_turns', 'strips_in_turns', 'in_one_product',
+           'is_channels_last', 'with_gradient', 'watched', 'plain', 'in_turns', 'strips_in_turns', 'in_one_product',
            'last_average', 'in_bags', 'bagged_rows', 'strip_average', 'check_window', 'fitting', 'one_pass',
            'window_rows', 'window_columns', 'window_average', 'window_maximum']
 
@@ -114,10 +114,14 @@ def with_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def watched(*tensors: Tensor) -> bool:
+    "Whether a gradient, a compiler or a transform looks on at what is done with these."
+    return torch.compiler.is_compiling() or transformed() or with_gradient(*tensors)
+
+
 def plain(x: Tensor) -> bool:
-    "Whether `x` is on a CPU, and no gradient, compiler or transform looks on."
-    watched = with_gradient(x) or torch.compiler.is_compiling() or transformed()
-    return x.device.type == "cpu" and not watched
+    "Whether `x` is on a CPU, and nothing looks on."
+    return x.device.type == "cpu" and not watched(x)
 
 
 def in_turns(x: Tensor) -> bool:

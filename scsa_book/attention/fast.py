@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..pooling import bagged_rows, fitting, in_bags
-from ..pooling import plain, transformed, window_rows, with_gradient
+from ..pooling import plain, transformed, watched, window_rows, with_gradient
 
 # %% ../../nbs/synergy/fast.ipynb #f4c73305
 def per_channel(x: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -71,9 +71,7 @@ def spare(
     *others: Tensor,  # that it will be combined with
 ) -> bool:
     "Whether the result may take the memory of `y`: no gradient asks for what was there."
-    if torch.compiler.is_compiling() or transformed() or with_gradient(y, *others):
-        return False
-    return all(t.dtype == y.dtype for t in others)
+    return not watched(y, *others) and all(t.dtype == y.dtype for t in others)
 
 
 def scaled(y: Tensor, factor: Tensor) -> Tensor:
