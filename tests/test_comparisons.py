@@ -7,16 +7,19 @@ from datetime import datetime, timezone
 import matplotlib.pyplot as plt
 import pytest
 import repository
+import torch
 from conftest import ROOT, cells_of
 from scipy import stats
 
 from scsa_book.evidence import comparisons as co
-from scsa_book.evidence.published import cells
+from scsa_book.evidence import ledger, recount
+from scsa_book.evidence.cost import parameters
+from scsa_book.evidence.published import cells, tables
 from scsa_book.evidence.statistics import summarise
 from scsa_book.training.config import ConfigError, configure
 from scsa_book.training.experiments import Experiment, experiment
 from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult
-from scsa_book.training.tasks import TASKS
+from scsa_book.training.tasks import TASKS, build_network
 
 PAGES = ("cifar100", "ablations", "scenes", "report")
 LUCK = {0: 0.0, 1: 0.5, 2: -0.4, 3: 0.1}
@@ -83,6 +86,70 @@ def test_rows_of_an_ablation_find_their_printed_numbers(name, source, number, me
     assert None not in ours and len(set(ours)) == len(found)
     by_variant = {cell.variant: cell.value for cell in ours}
     assert by_variant == {cell.variant: cell.value for cell in found}
+
+
+# ---- every table of the papers is an experiment
+
+FOUND_AS = {"imagenet1k": "imagenet", "voc2007": "voc0712"}  # trainval of both years, test of 2007
+SMALLER = ("sample", "cpu", "gpu")
+
+
+def experiment_of(source, number):
+    return experiment(f"{source}-table-{number.lower()}")
+
+
+def printed_row(cell):
+    "What a run needs to be that of a cell."
+    variant = cell.variant.split(": ")[-1].split(" (")[0] if cell.method != "baseline" else ""
+    network = cell.framework or recount.network_name(cell)
+    backbone = cell.backbone if cell.framework else None
+    dataset = FOUND_AS.get(cell.dataset, cell.dataset)
+    method = None if cell.method == "baseline" else cell.method
+    return dataset, network, backbone, method, variant
+
+
+def planned_rows(asked, preset=None):
+    "The same of every row of an experiment, with its configuration."
+    given = asked.parameters(preset, [0])
+    configs = [configure(**values) for values in given]
+    labels = [row.get("label", "") for row in asked.rows]
+    return {
+        (c.dataset, c.network, c.backbone, c.attention, label): c
+        for c, label in zip(configs, labels, strict=True)
+    }
+
+
+@pytest.mark.parametrize(("source", "number"), tables())
+def test_every_row_of_a_table_is_a_run_of_its_experiment(source, number):
+    asked = experiment_of(source, number)
+    printed = cells(source, number, added=True)
+    rows = planned_rows(asked)
+    assert {printed_row(cell) for cell in printed} == set(rows)
+    assert len(rows) == len(asked.rows), "a row is listed once"
+    assert asked.preset == "paper" and asked.seeds == [0]
+    assert {c.paper for c in rows.values()} == {"cat" if source == "cat" else "scsa"}, "sanet prints none"
+    # and its network is the one whose parameters are printed
+    for cell in printed:
+        if cell.metric == "params_M" and cell.task == "classification":
+            config = rows[printed_row(cell)]
+            facts = TASKS["classify"].facts(config.dataset)
+            with torch.device("meta"):
+                made = parameters(build_network(config, facts.classes))
+            where = recount.place(cell)
+            first = 2 if where == "scsa/IV/imagenet1k/mobilenetv2/eca/params_M" else 0
+            assert made - first == ledger.kept()[where].count, where  # its first kernel is 1, not 3
+
+
+@pytest.mark.parametrize("preset", SMALLER)
+@pytest.mark.parametrize(("source", "number"), tables())
+def test_every_table_can_be_made_at_a_smaller_scale(source, number, preset):
+    plan = experiment_of(source, number).plan(preset)
+    assert {c.preset for c, _ in plan} == {preset}
+    mechanisms = {cell.method for cell in cells(source, number, added=True)} - {"baseline"}
+    assert {c.attention for c, _ in plan} - {None} == mechanisms
+    if preset != "gpu":
+        there = {"fashion-mnist", "cifar100", "scenes", "bccd", "coco-mini", "camvid"}
+        assert {c.dataset for c, _ in plan} <= there and len(plan) <= 20
 
 
 def test_a_row_that_is_not_printed_finds_nothing():

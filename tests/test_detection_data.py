@@ -273,6 +273,16 @@ def test_voc_0712_has_both_years_for_learning(tmp_path):
     assert [p.file.stem for p in found.test.pictures] == ["p3"]
 
 
+def test_voc_2012_alone_is_tested_on_its_validation_part(tmp_path):
+    year = tmp_path / "voc2012/VOCdevkit/VOC2012"
+    voc_folder(year, ("q1", "q2"), split="train")
+    voc_folder(year, ("q3",), split="val")
+    found = detection_set("voc2012", tmp_path)
+    assert (len(found.train), len(found.test)) == (2, 1)
+    with pytest.raises(DataError, match="Unpack trainval of VOC2012"):
+        detection_set("voc2012", tmp_path / "elsewhere")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

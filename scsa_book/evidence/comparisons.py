@@ -154,7 +154,7 @@ def compare(
     asked = experiment(name)
     found = {digest(e.config): e.runs for e in experiments(results)}
     rows = {}
-    for run, given in zip(asked.runs, asked.parameters(preset, asked.seeds[:1]), strict=True):
+    for run, given in zip(asked.rows, asked.parameters(preset, asked.seeds[:1]), strict=True):
         config = configure(**given)
         key, label = digest(config), run.get("label") or label_of(config)
         rows[key] = Row(str(label), config, tuple(asked.seeds), tuple(found.get(key, ())))

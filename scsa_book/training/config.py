@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 # %% ../../nbs/training/config.ipynb #0696e564
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from .presets import PRESETS, recipe
+from .presets import PRESETS, defaults, recipe
 
 # %% ../../nbs/training/config.ipynb #1ba6830d
 class RunConfig(BaseModel):
@@ -134,12 +134,11 @@ def configure(preset: str = "sample", **given) -> RunConfig:
     for name in given:
         must_be_known("parameter", name, RunConfig.model_fields)
     must_be_known("task", given.setdefault("task", "classify"), PRESETS)
-    presets = PRESETS[given["task"]]
-    must_be_known("preset", preset, presets)
+    must_be_known("preset", preset, PRESETS[given["task"]])
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("attention") in ("none", "baseline"):
         del given["attention"]
-    values = {"preset": preset, **presets[preset], **given}
+    values = {"preset": preset, **defaults(given["task"], preset, given.get("network")), **given}
     try:
         if preset == "paper":
             values = {**values, **recipe({"paper": None, **values}), **given}
