@@ -24,7 +24,7 @@ from torchvision.models import get_model
 from traitlets.config import Config
 
 from scsa_book.attention import registry
-from scsa_book.evidence import ledger
+from scsa_book.evidence import ledger, planned
 from scsa_book.evidence.cost import Convention, Cost, cost, meta_copy
 from scsa_book.evidence.published import METRICS, Cell, cells, tables
 from scsa_book.evidence.statistics import paired, summarise
@@ -482,8 +482,86 @@ def test_errors_are_a_hundred_minus_accuracy():
 def test_only_classification_cells_take_classification_runs():
     found = ledger.rows("scsa", method="scsa", results=sample_runs())
     taken = [r.cell for r in found if r.status == "other_scale"]
-    assert {c.task for c in taken} == {"classification"} and {c.table for c in taken} == {"IV"}
+    assert {(c.task, c.table) for c in taken} == {("classification", "III"), ("classification", "IV")}
     assert {c.metric for c in taken} == {"top1", "top5"}
+    assert {c.variant for c in taken if c.table == "III"} == {"Baseline: scsa"}, "the other rows have options"
+
+
+def found_by(attention, ap, seed=0, train_images=300, **given):
+    "A made-up result of a detector."
+    given = {"task": "detect", "dataset": "bccd", "network": "faster_rcnn", "backbone": "resnet18", **given}
+    made = finished(attention, seed, train_images=train_images, **given)
+    return made.model_copy(update={"final": {"AP": ap, "AP50": ap + 20, "mask_AP": ap - 3}})
+
+
+def ap(results, method="scsa", framework="faster_rcnn", table="V"):
+    asked = dict(framework=framework, backbone="resnet50", method=method, metric="AP")
+    [row] = ledger.rows("scsa", table, **asked, results=results)
+    return row
+
+
+def test_a_detector_stands_beside_detectors_of_its_kind():
+    row = ap([found_by("scsa", 30.0)])
+    assert (row.status, row.ours) == ("other_scale", "30.0")
+    assert row.note.startswith("bccd, faster_rcnn on resnet18, 2 epochs, preset sample: one run")
+    assert ap([found_by("scsa", 30.0)], framework="retinanet").status == "unmeasured"
+    assert ap([found_by("scsa", 30.0)], method="se").status == "unmeasured"
+    assert ap([found_by("se", 30.0, options={"reduction": 4})], method="se").status == "unmeasured"
+    masks = found_by("scsa", 30.0, network="mask_rcnn")
+    assert ap([masks], framework="mask_rcnn", table="II").ours == "27.0", "the AP of the masks"
+    no_masks = masks.model_copy(update={"final": {"AP": 30.0}})
+    assert ap([no_masks], framework="mask_rcnn", table="II").status == "unmeasured"
+
+
+def test_another_place_does_not_stand_for_the_mechanism():
+    assert top1([finished("scsa", position="before_add")]).status == "unmeasured"
+    assert top1([finished("scsa", position="before_last_conv")]).status == "other_scale"
+
+
+def test_photographs_come_before_composed_scenes():
+    scenes = found_by("scsa", 30.0, dataset="scenes", train_images=4000)
+    assert ap([scenes]).ours == "30.0"
+    assert ap([scenes, found_by("scsa", 20.0)]).ours == "20.0"
+
+
+def test_rows_of_an_ablation_take_runs_with_their_options():
+    runs = [finished("scsa", top1=70.0), finished("scsa", top1=60.0, options={"norm": "batch"})]
+    rows = {r.cell.variant: r for r in ledger.rows("scsa", "III", metric="top1", results=runs)}
+    assert rows["Baseline: scsa"].ours == "70.00" and rows["Micro Design: bn-for-gn"].ours == "60.00"
+    assert sum(r.status == "other_scale" for r in rows.values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ({}, "equal"),
+        ({"ap": 39.2}, "differs"),
+        ({"dataset": "bccd"}, "other_scale"),
+        ({"paper": "cat"}, "other_scale"),
+        ({"backbone": "resnet101"}, "other_scale"),
+    ],
+)
+def test_a_detector_at_the_papers_own_scale_gives_a_verdict(given, status):
+    own = dict(preset="paper", paper="scsa", dataset="coco2017", backbone="resnet50", ap=39.3)
+    assert ap([found_by("scsa", **own | given)]).status == status
+
+
+def test_a_detector_with_other_options_than_the_tables_is_none_of_its_own():
+    own = dict(preset="paper", paper="scsa", dataset="coco2017", backbone="resnet50", ap=38.2)
+    assert ap([found_by("se", **own)], "se").status == "other_scale"
+    table_form = {"bias": False, "batch_norm": True}
+    [printed] = cells("scsa", "V", framework="faster_rcnn", backbone="resnet50", method="se", metric="AP")
+    own["ap"] = printed.number
+    assert ap([found_by("se", options=table_form, **own)], "se").status == "equal"
+
+
+def test_outside_of_the_book_no_run_is_planned(monkeypatch):
+    def nowhere():
+        raise FileNotFoundError("the book was not found")
+
+    monkeypatch.setattr(planned, "experiments_file", nowhere)
+    assert planned.planned(cells("scsa", "V", metric="AP")[0]) is None
+    assert top1(sample_runs()).status == "unmeasured"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -199,9 +200,10 @@ SOURCES = ("scsa", "sanet", "cat")
 
 @pytest.fixture
 def show(tmp_path, monkeypatch):
-    "Runs the cells of a live page in a book that has nothing but results, and gives back what it shows."
+    "Runs the cells of a live page in a book of results and experiments, and gives back what it shows."
     (tmp_path / "_quarto.yml").touch()
     (tmp_path / "nbs/runs").mkdir(parents=True)
+    shutil.copy(ROOT / "nbs/runs/experiments.yml", tmp_path / "nbs/runs")
     (tmp_path / "nbs/results/sample").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "nbs/results")
 

@@ -18,6 +18,7 @@ from scipy import stats
 
 from ..attention import registry
 from .ledger import experiments, without_attention
+from .planned import label
 from .published import METRICS, Cell
 from .statistics import Summary, paired, summarise
 from .tables import Html, table, verdict
@@ -390,8 +391,7 @@ def show_differences(c: Comparison, shown: Mapping[str, Sequence[Row]] | None = 
 def printed(row: Row, found: Iterable[Cell]) -> Cell | None:
     "The printed number of a row: its label's, or the baseline's for the row without attention."
     for cell in found:
-        bare = cell.variant.split(": ")[-1].split(" (")[0]
         plain = cell.method == "baseline"
-        if plain if row.config.attention is None else (not plain and bare == row.label):
+        if plain if row.config.attention is None else (not plain and label(cell) == row.label):
             return cell
     return None
