@@ -656,12 +656,15 @@ def test_what_begins_with_a_dot_is_no_experiment(tmp_path):
     assert list(experiments.load_experiments(path)) == ["a"]
 
 
-@pytest.mark.parametrize("preset", ["sample", "cpu"])
-def test_a_detector_of_one_stage_takes_a_small_preset(preset):
-    own = configure(preset, task="detect").network_options
-    light = configure(preset, task="detect", network="retinanet").network_options
-    assert {k for k in own if k.startswith(("rpn_", "box_"))} == own.keys() - light.keys()
-    assert light.items() <= own.items() and light["width"] == 16
+@pytest.mark.parametrize(("preset", "rate"), [("sample", 0.001), ("cpu", 0.001), ("gpu", 0.01)])
+def test_a_detector_of_one_stage_takes_every_preset(preset, rate):
+    own = configure(preset, task="detect")
+    light = configure(preset, task="detect", network="retinanet")
+    proposals = {k for k in own.network_options if k.startswith(("rpn_", "box_"))}
+    assert light.network_options.items() <= own.network_options.items()
+    assert proposals == own.network_options.keys() - light.network_options.keys()
+    assert light.lr == rate < own.lr and light.epochs == own.epochs
+    assert configure(preset, task="detect", network="retinanet", lr=0.5).lr == 0.5
 
 
 def test_a_mistake_in_a_run_is_said():
