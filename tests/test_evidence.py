@@ -423,10 +423,11 @@ def sample_runs():
 
 @pytest.fixture
 def book(tmp_path):
-    "A book with nothing but results and the pages that read them."
+    "A book with nothing but experiments, results and the pages that read them."
     root = Path(ledger.__file__).parents[2]
     (tmp_path / "_quarto.yml").touch()
     (tmp_path / "nbs/runs").mkdir(parents=True)
+    shutil.copy(root / "nbs/runs/experiments.yml", tmp_path / "nbs/runs")
     (tmp_path / "nbs/results/sample").mkdir(parents=True)
     for page in (root / "nbs/results").glob("*.ipynb"):
         shutil.copy(page, tmp_path / "nbs/results")
