@@ -1177,6 +1177,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'scsa_book.evidence.ledger.explained': ( 'evidence/ledger.html#explained',
                                                                                     'scsa_book/evidence/ledger.py'),
                                            'scsa_book.evidence.ledger.kept': ('evidence/ledger.html#kept', 'scsa_book/evidence/ledger.py'),
+                                           'scsa_book.evidence.ledger.network_of': ( 'evidence/ledger.html#network_of',
+                                                                                     'scsa_book/evidence/ledger.py'),
                                            'scsa_book.evidence.ledger.of_its_kind': ( 'evidence/ledger.html#of_its_kind',
                                                                                       'scsa_book/evidence/ledger.py'),
                                            'scsa_book.evidence.ledger.overlaps': ( 'evidence/ledger.html#overlaps',

@@ -12,7 +12,7 @@ from conftest import ROOT, cells_of
 from scipy import stats
 
 from scsa_book.evidence import comparisons as co
-from scsa_book.evidence import ledger, recount
+from scsa_book.evidence import ledger, planned, recount
 from scsa_book.evidence.cost import parameters
 from scsa_book.evidence.published import cells, tables
 from scsa_book.evidence.statistics import summarise
@@ -90,22 +90,17 @@ def test_rows_of_an_ablation_find_their_printed_numbers(name, source, number, me
 
 # ---- every table of the papers is an experiment
 
-FOUND_AS = {"imagenet1k": "imagenet", "voc2007": "voc0712"}  # trainval of both years, test of 2007
 SMALLER = ("sample", "cpu", "gpu")
 
 
 def experiment_of(source, number):
-    return experiment(f"{source}-table-{number.lower()}")
+    return experiment(planned.experiment_name(source, number))
 
 
 def printed_row(cell):
     "What a run needs to be that of a cell."
-    variant = cell.variant.split(": ")[-1].split(" (")[0] if cell.method != "baseline" else ""
-    network = cell.framework or recount.network_name(cell)
-    backbone = cell.backbone if cell.framework else None
-    dataset = FOUND_AS.get(cell.dataset, cell.dataset)
     method = None if cell.method == "baseline" else cell.method
-    return dataset, network, backbone, method, variant
+    return (*planned.setting(cell).values(), method, planned.label(cell))
 
 
 def planned_rows(asked, preset=None):
@@ -125,6 +120,10 @@ def test_every_row_of_a_table_is_a_run_of_its_experiment(source, number):
     printed = cells(source, number, added=True)
     rows = planned_rows(asked)
     assert {printed_row(cell) for cell in printed} == set(rows)
+    for key, cell in {printed_row(cell): cell for cell in printed}.items():
+        given = planned.planned(cell)  # as the ledger finds it
+        assert (given["attention"], given["network"]) == (key[3] or "none", key[1])
+        assert given.get("options", {}) == rows[key].options
     assert len(rows) == len(asked.rows), "a row is listed once"
     assert asked.preset == "paper" and asked.seeds == [0]
     assert {c.paper for c in rows.values()} == {"cat" if source == "cat" else "scsa"}, "sanet prints none"

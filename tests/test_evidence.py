@@ -547,6 +547,14 @@ def test_a_detector_at_the_papers_own_scale_gives_a_verdict(given, status):
     assert ap([found_by("scsa", **own | given)]).status == status
 
 
+def test_a_row_of_an_ablation_at_the_papers_own_scale_gives_a_verdict():
+    own = dict(preset="paper", paper="scsa", dataset="imagenet", network="resnet50")
+    runs = [finished("scsa", top1=77.19, options={"norm": "batch"}, **own)]
+    rows = {r.cell.variant: r for r in ledger.rows("scsa", "III", metric="top1", results=runs)}
+    assert rows["Micro Design: bn-for-gn"].status == "equal"
+    assert {r.status for v, r in rows.items() if v != "Micro Design: bn-for-gn"} == {"unmeasured"}
+
+
 def test_a_detector_with_other_options_than_the_tables_is_none_of_its_own():
     own = dict(preset="paper", paper="scsa", dataset="coco2017", backbone="resnet50", ap=38.2)
     assert ap([found_by("se", **own)], "se").status == "other_scale"

@@ -17,7 +17,7 @@ from datetime import timedelta
 from scipy import stats
 
 from ..attention import registry
-from .ledger import experiments, without_attention
+from .ledger import experiments, network_of, without_attention
 from .planned import label
 from .published import METRICS, Cell
 from .statistics import Summary, paired, summarise
@@ -185,9 +185,8 @@ def progress(c: Comparison) -> str:
 def recipe(config: RunConfig) -> str:
     "Data, network and recipe of a configuration, in one sentence."
     c, few = config, config.train_images
-    network = f"{c.network} on {c.backbone}" if c.backbone else c.network
     sizes = [f"{k} {v}" for k, v in c.network_options.items() if not k.startswith(("rpn_", "box_"))]
-    network += f" ({', '.join(sizes)})" if sizes else ""
+    network = network_of(c) + (f" ({', '.join(sizes)})" if sizes else "")
     data = f"{few:,} training pictures" if few else "all training pictures"
     return (
         f"Data: {c.dataset}, {data}. Network: {network}. Recipe: {c.epochs} epochs, "

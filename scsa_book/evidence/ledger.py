@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEPT', 'STATUSES', 'FITTED', 'WAITING', 'Verdict', 'compare', 'Recounted', 'recounted', 'kept', 'costs',
            'recount_all', 'changes', 'write', 'Row', 'explained', 'computed', 'Experiment', 'experiments',
-           'without_attention', 'comparable', 'size', 'stands_for', 'of_its_kind', 'value_of', 'scale', 'same_scale',
-           'overlaps', 'trained', 'row', 'rows', 'summary']
+           'without_attention', 'comparable', 'size', 'stands_for', 'of_its_kind', 'value_of', 'network_of', 'scale',
+           'same_scale', 'overlaps', 'trained', 'row', 'rows', 'summary']
 
 # %% ../../nbs/evidence/ledger.ipynb #4c1a0eb5
 import csv
@@ -245,7 +245,7 @@ def size(experiment: Experiment) -> tuple[bool, int, int]:
 
 # %% ../../nbs/evidence/ledger.ipynb #ddbf91e9
 def stands_for(config: RunConfig, cell: Cell, given: Mapping) -> bool:
-    "Whether a run is of the kind of a cell, which [`planned`](planned.ipynb) gives to its run."
+    "Whether a run is of the kind of a cell; `given` is what `planned` gives to the run of the cell."
     name, options = config.attention or "none", given.get("options", {})
     if (config.task, name) != (given["task"], given["attention"]):
         return False
@@ -271,12 +271,16 @@ def value_of(cell: Cell, experiment: Experiment) -> Summary:
     return summarise([100 - v if cell.metric.endswith("_error") else v for v in values])
 
 # %% ../../nbs/evidence/ledger.ipynb #ed87c652
+def network_of(config: RunConfig) -> str:
+    "The network of a run in words, with its backbone if it has one."
+    return f"{config.network} on {config.backbone}" if config.backbone else config.network
+
+# %% ../../nbs/evidence/ledger.ipynb #6f3345a7
 def scale(experiment: Experiment) -> str:
     "Data, network and number of runs in words."
     config, n = experiment.config, len(experiment.runs)
     many = f"{n} seeds" if n > 1 else "one run, so no interval"
-    network = f"{config.network} on {config.backbone}" if config.backbone else config.network
-    what = f"{config.dataset}, {network}, {config.epochs} epochs"
+    what = f"{config.dataset}, {network_of(config)}, {config.epochs} epochs"
     return f"{what}, preset {config.preset}: {many}."
 
 # %% ../../nbs/evidence/ledger.ipynb #58768539

@@ -117,7 +117,7 @@ ONE_GPU = {
     **SGD, "weights": "imagenet", "network_options": {**TUNED, "layout": "mmdet3"}, "epochs": 12,
     "batch_size": 2, "schedule": "step", "milestones": (8, 11),
 }  # fmt: skip
-PICTURES = {  # for training; of COCO those with objects
+PICTURES = {  # for training, as commonly stated; of COCO those with objects
     "coco2017": 117_266, "voc0712": 16_551, "visdrone2019": 6_471, "exdark": 4_800,
     "flir-adas2": 10_742,
 }  # fmt: skip
