@@ -1,0 +1,153 @@
+"""What holds on a GPU too. Where PyTorch sees none, these tests are skipped and say so."""
+
+import copy
+
+import pytest
+import test_tasks
+import test_training
+import torch
+from conftest import ROOT
+from test_attention import MECHANISM, WIDTH, build, relative
+
+from scsa_book.evidence import speed
+from scsa_book.training import run
+from scsa_book.training.config import Execution
+from scsa_book.training.task import Classify
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
+FAST = {"precision": "bf16-mixed", "channels_last": True}
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    "Products of single precision, as on a CPU: TF32 keeps ten bits."
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def where(tmp_path):
+    return Execution(results_dir=tmp_path / "results", cache_dir=tmp_path / "cache", accelerator="gpu")
+
+
+def step(module, x):
+    "Result, and gradients to the map and all parameters that have one."
+    x = x.detach().clone().requires_grad_()
+    y = module(x)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
+    (y * weight).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in module.parameters() if p.grad is not None)]
+
+
+def close(ours, theirs, bound):
+    "All of ours within `bound` of theirs, by the largest value of each."
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.cpu().float() - b.cpu().float()).abs().max() <= bound * b.abs().max().cpu() + 1e-5
+
+
+# ---- mechanisms
+
+
+@MECHANISM
+def test_it_computes_what_a_cpu_computes(name):
+    module, x = build(name).eval(), torch.randn(2, WIDTH, 15, 22)
+    close(step(copy.deepcopy(module).cuda(), x.cuda()), step(module, x), 1e-3)
+
+
+@MECHANISM
+@torch.no_grad()
+def test_half_precision_and_memory_format_are_kept(name):
+    module, x = build(name).eval(), torch.randn(2, WIDTH, 15, 22)
+    half = copy.deepcopy(module).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
+    y = half(x.to("cuda", torch.bfloat16, memory_format=torch.channels_last))
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+    assert relative(y.float().cpu(), module(x)) < 5e-2
+
+
+@MECHANISM
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mixed_precision_has_a_way_back(name, dtype):
+    module = build(name).cuda()
+    x = torch.randn(4, WIDTH, 15, 22, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", dtype=dtype):
+        y = module(x)
+    y.float().square().mean().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+@MECHANISM
+def test_compiled_it_computes_the_same(name):
+    torch._dynamo.reset()
+    module, x = build(name).cuda(), torch.randn(4, WIDTH, 15, 22, device="cuda")
+    compiled = copy.deepcopy(module)
+    compiled.compile(fullgraph=True)
+    close(step(compiled, x), step(module, x), 2e-3)
+
+
+# ---- runs
+
+
+def test_a_classifier_trains_as_under_the_preset_gpu(where):
+    config = test_training.tiny(attention="scsa", compile=True, **FAST)
+    result = test_training.train_and_save(config, where)
+    assert result.machine.device == torch.cuda.get_device_name()
+    assert result.epochs[-1].metrics["train_loss"] < result.epochs[0].metrics["train_loss"]
+
+
+@pytest.mark.parametrize("network", test_tasks.DETECTORS)
+def test_a_detector_trains(network, where):
+    config = test_tasks.tiny("detect", network=network, attention="scsa", **FAST)
+    done, result = test_tasks.train(config, where)
+    assert 0 <= result.final["AP"] <= 100
+    assert {p.device.type for p in done.network.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("network", ["upernet", "danet"])
+def test_a_segmenter_trains(network, where):
+    result = test_tasks.train(test_tasks.tiny("segment", network=network, attention="cat", **FAST), where)[1]
+    assert 0 < result.final["aAcc"] <= 100
+
+
+def test_a_run_that_was_stopped_goes_on(where, monkeypatch):
+    config, real = test_training.tiny(attention="se", **FAST), Classify.training_step
+
+    def failing(self, batch, batch_idx):
+        if self.trainer.current_epoch == 2:
+            raise ZeroDivisionError
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classify, "training_step", failing)
+    with pytest.raises(ZeroDivisionError):
+        test_training.train(config, where)
+    monkeypatch.setattr(Classify, "training_step", real)
+    done = test_training.train(config, where)
+    assert (done.starts, len(done.epochs)) == (2, config.epochs)
+
+
+def test_a_cpu_reads_what_a_gpu_left(where):
+    config = test_training.tiny(attention="cbam")
+    first = test_training.train(config, where)
+    again = test_training.train(config, where.model_copy(update={"accelerator": "cpu"}))
+    x = test_training.pictures(config).test.images[:8]
+    assert relative(again.task(x), first.task(x)) < 1e-5
+
+
+def test_too_little_memory_names_what_takes_less(where, monkeypatch):
+    free = torch.cuda.mem_get_info()[1]
+    monkeypatch.setattr(
+        Classify, "training_step", lambda self, *_: torch.empty(2 * free, dtype=torch.uint8, device="cuda")
+    )
+    with pytest.raises(run.OutOfMemory, match=r"batch_size=16 \(it is 32\), or precision=bf16-mixed"):
+        test_training.train(test_training.tiny(), where)
+
+
+# ---- speed
+
+
+def test_time_and_memory_are_measured():
+    result = speed.bench_modules(["se"], device="cuda", shape=(2, 32, 28, 28), budget=0.1, peers={})
+    (row,) = result.rows
+    assert result.machine.device == torch.cuda.get_device_name()
+    assert row.ours.training_peak >= 2 * 32 * 28 * 28 * 4 and row.ours.forward.median > 0
+    assert speed.result_path(result) == ROOT / "nbs/results/speed/modules-cuda-float32-channels_first.json"
