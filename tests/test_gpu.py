@@ -30,19 +30,19 @@ def where(tmp_path):
 
 
 def step(module, x):
-    "Result, and gradients to the map and all parameters that have one."
+    "Result, gradient to the map, and those to the parameters, end to end."
     x = x.detach().clone().requires_grad_()
     y = module(x)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
     (y * weight).sum().backward()
-    return [y.detach(), x.grad, *(p.grad for p in module.parameters() if p.grad is not None)]
+    grads = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+    return y.detach(), x.grad, torch.cat(grads or [y.new_zeros(1)])
 
 
 def close(ours, theirs, bound):
-    "All of ours within `bound` of theirs, by the largest value of each."
-    assert len(ours) == len(theirs)
+    "All of ours within `bound` of theirs, as a share of the largest value."
     for a, b in zip(ours, theirs, strict=True):
-        assert (a.cpu().float() - b.cpu().float()).abs().max() <= bound * b.abs().max().cpu() + 1e-5
+        assert (a.cpu() - b.cpu()).abs().max() <= bound * b.abs().max().cpu()
 
 
 # ---- mechanisms

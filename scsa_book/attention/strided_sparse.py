@@ -100,7 +100,7 @@ def block_mask(
     i = queries(pattern, rows)
     j = candidates(pattern, rows, causal, summary, fill=-1).transpose(-2, -1)
     seen = visible(pattern, i, j, stride, causal, summary)
-    return (seen & (j >= 0) | (i < 0))[None]
+    return (seen & (j >= 0) | (i < 0))[None].contiguous()
 
 # %% ../../nbs/spatial/strided-sparse.ipynb #29974d29
 def sparse_attention(
