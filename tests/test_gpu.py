@@ -12,7 +12,7 @@ from test_attention import MECHANISM, WIDTH, build, relative
 from scsa_book.evidence import speed
 from scsa_book.training import run
 from scsa_book.training.config import Execution
-from scsa_book.training.task import Classify
+from scsa_book.training.task import Classify, compiler_options
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
 FAST = {"precision": "bf16-mixed", "channels_last": True}
@@ -81,7 +81,7 @@ def test_compiled_it_computes_the_same(name):
     torch._dynamo.reset()
     module, x = build(name).cuda(), torch.randn(4, WIDTH, 15, 22, device="cuda")
     compiled = copy.deepcopy(module)
-    compiled.compile(fullgraph=True)
+    compiled.compile(fullgraph=True, options=compiler_options())
     close(step(compiled, x), step(module, x), 2e-3)
 
 
