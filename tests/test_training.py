@@ -276,7 +276,7 @@ def test_a_network_learns(where):
 
 def test_a_compiled_network_keeps_its_names_and_can_be_looked_into(where, monkeypatch):
     real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, options: real(self, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
     config = tiny(epochs=1, attention="se", compile=True)
     done = train(config, where)
     assert list(done.network.state_dict()) == list(build_network(config, 10).state_dict())
