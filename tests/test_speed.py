@@ -142,16 +142,16 @@ def test_wrong_names_and_settings_are_refused():
             speed.bench_modules(["se"], device="cuda")
 
 
-def test_the_newest_result_is_found(result, tmp_path):
-    assert speed.newest(tmp_path) is None
+def test_results_are_found_the_latest_first(result, tmp_path):
+    assert speed.module_results(tmp_path) == []
     older = result.model_copy(update={"measured": result.measured - timedelta(days=1)})
     older.setting = result.setting.model_copy(update={"layout": "channels_last"})
-    for found in (result, older):
+    for found in (older, result):
         path = speed.result_path(found, tmp_path)
         path.write_text(found.model_dump_json())
     (tmp_path / "modules-broken.json").write_text("{")
     assert len(list(tmp_path.glob("*.json"))) == 3
-    assert speed.newest(tmp_path) == result
+    assert speed.module_results(tmp_path) == [result, older]
 
 
 def test_the_command_starts_anew_once(monkeypatch):
@@ -181,7 +181,7 @@ def test_the_command_leaves_a_file(monkeypatch, tmp_path, capsys):
     speed.command(device="cpu", budget=0)
     (path,) = tmp_path.glob("speed/*.json")
     assert path.name == "modules-cpu-float32-channels_first.json"
-    assert speed.newest().rows[0].name == "se"
+    assert speed.module_results()[0].rows[0].name == "se"
     said = capsys.readouterr().out
     assert said.startswith("se ") and str(path) in said
 
@@ -311,37 +311,38 @@ def test_the_way_back_is_fast(name, goal):
 # ---- the page
 
 
-def shown(monkeypatch, result, networks=()):
-    "What the page shows for a result."
-    monkeypatch.setattr(speed, "newest", lambda: result)
+def shown(monkeypatch, modules, networks=()):
+    "What the page shows for some results."
+    monkeypatch.setattr(speed, "module_results", lambda: list(modules))
     monkeypatch.setattr(speed, "network_results", lambda: list(networks))
     shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
     said = []
     for cell in cells_of(ROOT / "nbs/results/speed.ipynb", "code"):
-        with capture_output():
+        with capture_output() as captured:
             done = shell.run_cell("".join(cell["source"]))
         done.raise_error()
+        said += [str(output.data) for output in captured.outputs]
         said.append(str(getattr(done.result, "data", done.result)))
     return "\n".join(said)
 
 
 def test_the_page_without_a_result(monkeypatch):
-    page = shown(monkeypatch, None)
+    page = shown(monkeypatch, [])
     assert "Nothing has been measured here yet" in page
     assert "No network has been measured here yet" in page
 
 
 def test_the_page_with_networks(monkeypatch, networks):
-    page = shown(monkeypatch, None, [networks])
+    page = shown(monkeypatch, [], [networks])
     assert "resnet8 + se, its equations" in page and "No network has been" not in page
 
 
-def test_the_page_with_a_result(monkeypatch, result):
-    result = result.model_copy(deep=True)
-    se = result.rows[0]
+def test_the_page_with_results(monkeypatch, result):
+    slow = result.model_copy(deep=True)
+    se = slow.rows[0]
     se.forward_ratio = speed.Spread(low=1.2, median=1.5, high=2.0)
-    se.training_ratio = speed.Spread(low=0.5, median=1.05, high=3.0)
-    page = shown(monkeypatch, result)
-    assert "- `se`, forward: 1.50 (1.20 to 2.00), above 1.1 in every round." in page
-    assert "`se`, training" not in page
-    assert '<a href="../channel/se.ipynb">se</a>' in page and "The map is (2, 32, 8, 8)." in page
+    se.training_ratio = speed.Spread(low=0.5, median=1.15, high=3.0)
+    page = shown(monkeypatch, [slow, result])
+    assert "Above 1.1: forward, in every round: `se` 1.50; training, not in every round: `se` 1.15." in page
+    assert "Nothing has been" not in page and page.count("The map is (2, 32, 8, 8).") == 2
+    assert '<a href="../channel/se.ipynb">se</a>' in page

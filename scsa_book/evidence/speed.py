@@ -7,10 +7,11 @@ __all__ = ['READS', 'Run', 'LEAST', 'MOST', 'SHORT', 'SETTINGS', 'Peer', 'SHAPE'
            'spread', 'settle', 'seconds', 'calls_of', 'take_turns', 'ratios', 'keep_memory', 'twin', 'forward', 'graph',
            'training', 'changes', 'memory', 'Side', 'Row', 'bytes_of', 'time_both', 'source', 'compared', 'measure',
            'peers_of_the_book', 'Setting', 'ModulesResult', 'setting_of', 'example', 'prepared', 'placed',
-           'bench_module', 'bench_modules', 'measured_on', 'whole', 'result_path', 'newest', 'in_words', 'command',
-           'NetworkSetting', 'NetworkRow', 'layers_of', 'is_mechanism', 'Peered', 'bytes_moved', 'runs_of_the_machine',
-           'Machinery', 'machinery', 'NetworksResult', 'with_peers', 'network_forms', 'in_use', 'bench_networks',
-           'network_row', 'network_result', 'network_path', 'network_results', 'network_words', 'networks_command']
+           'bench_module', 'bench_modules', 'measured_on', 'whole', 'result_path', 'readable', 'module_results',
+           'in_words', 'command', 'NetworkSetting', 'NetworkRow', 'layers_of', 'is_mechanism', 'Peered', 'bytes_moved',
+           'runs_of_the_machine', 'Machinery', 'machinery', 'NetworksResult', 'with_peers', 'network_forms', 'in_use',
+           'bench_networks', 'network_row', 'network_result', 'network_path', 'network_results', 'network_words',
+           'networks_command']
 
 # %% ../../nbs/evidence/speed.ipynb #d1183348
 # Passes over the map that must read it, where they are not two: one to decide, one to scale.
@@ -416,15 +417,20 @@ def result_path(result: ModulesResult, folder: Path | None = None) -> Path:
     return folder / f"modules-{'-'.join(result.setting.words)}.json"
 
 
-def newest(folder: Path | None = None) -> ModulesResult | None:
-    "The latest readable result, None if there is none."
+def readable(kind: type[BaseModel], pattern: str, folder: Path | None = None) -> list:
+    "All results of a kind that can be read, the latest first."
     found = []
-    for path in (folder or results_folder("speed")).glob("modules-*.json"):
+    for path in (folder or results_folder("speed")).glob(pattern):
         try:
-            found.append(ModulesResult.model_validate_json(path.read_text("utf-8")))
+            found.append(kind.model_validate_json(path.read_text("utf-8")))
         except ValueError:
             continue
-    return max(found, key=lambda result: result.measured, default=None)
+    return sorted(found, key=lambda result: result.measured, reverse=True)
+
+
+def module_results(folder: Path | None = None) -> list[ModulesResult]:
+    "All readable results of modules, the latest first."
+    return readable(ModulesResult, "modules-*.json", folder)
 
 # %% ../../nbs/evidence/speed.ipynb #6c2542d2
 def in_words(row: Row) -> str:
@@ -656,14 +662,8 @@ def network_path(setting: NetworkSetting, folder: Path | None = None) -> Path:
 
 
 def network_results(folder: Path | None = None) -> list[NetworksResult]:
-    "All readable results, the latest first."
-    found = []
-    for path in (folder or results_folder("speed")).glob("networks-*.json"):
-        try:
-            found.append(NetworksResult.model_validate_json(path.read_text("utf-8")))
-        except ValueError:
-            continue
-    return sorted(found, key=lambda result: result.measured, reverse=True)
+    "All readable results of networks, the latest first."
+    return readable(NetworksResult, "networks-*.json", folder)
 
 # %% ../../nbs/evidence/speed.ipynb #0296ed6a
 def network_words(result: NetworksResult, row: NetworkRow) -> str:
