@@ -39,7 +39,7 @@ def step(module, x):
     return y.detach(), x.grad, torch.cat(grads or [y.new_zeros(1)])
 
 
-def close(ours, theirs, bound):
+def assert_close(ours, theirs, bound):
     "All of ours within `bound` of theirs, as a share of the largest value."
     for a, b in zip(ours, theirs, strict=True):
         assert (a.cpu() - b.cpu()).abs().max() <= bound * b.abs().max().cpu()
@@ -51,7 +51,7 @@ def close(ours, theirs, bound):
 @MECHANISM
 def test_it_computes_what_a_cpu_computes(name):
     module, x = build(name).eval(), torch.randn(2, WIDTH, 15, 22)
-    close(step(copy.deepcopy(module).cuda(), x.cuda()), step(module, x), 1e-3)
+    assert_close(step(copy.deepcopy(module).cuda(), x.cuda()), step(module, x), 1e-3)
 
 
 @MECHANISM
@@ -84,7 +84,7 @@ def test_compiled_it_computes_the_same(name, request):
     module, x = build(name).cuda(), torch.randn(4, WIDTH, 15, 22, device="cuda")
     compiled = copy.deepcopy(module)
     compiled.compile(fullgraph=True)
-    close(step(compiled, x), step(module, x), 2e-3)
+    assert_close(step(compiled, x), step(module, x), 2e-3)
 
 
 # ---- runs
@@ -136,9 +136,9 @@ def test_a_cpu_reads_what_a_gpu_left(where):
 
 
 def test_too_little_memory_names_what_takes_less(where, monkeypatch):
-    free = torch.cuda.mem_get_info()[1]
+    _, total = torch.cuda.mem_get_info()
     monkeypatch.setattr(
-        Classify, "training_step", lambda self, *_: torch.empty(2 * free, dtype=torch.uint8, device="cuda")
+        Classify, "training_step", lambda self, *_: torch.empty(2 * total, dtype=torch.uint8, device="cuda")
     )
     with pytest.raises(run.OutOfMemory, match=r"batch_size=16 \(it is 32\), or precision=bf16-mixed"):
         test_training.train(test_training.tiny(), where)
