@@ -1,4 +1,4 @@
-"""The command line: a whole run and a whole sweep in a small book of its own, and what mistakes are told."""
+"""The command line: a complete run and sweep in a small book of its own, and messages for wrong arguments."""
 
 import json
 import os
@@ -30,7 +30,7 @@ pair:
 
 
 def scsa_book(*arguments, cwd, **environment):
-    "The command in a process of its own, as a person types it."
+    "The command in a process of its own, as typed in a shell."
     command = [sys.executable, "-m", "scsa_book.cli", *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
@@ -219,7 +219,7 @@ def test_stopping_by_hand_is_no_traceback(inside, capsys, monkeypatch):
 
 
 def test_the_kernel_of_a_run_keeps_memory(inside, monkeypatch):
-    "What is set stays, and nothing stays set."
+    "Variables that are set keep their values, and the others are unset again afterwards."
     import papermill
 
     class Started(Exception):
@@ -258,7 +258,7 @@ def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(book):
     assert result.starts == 2 and [e.epoch for e in result.epochs] == [*range(1, 41)]
 
 
-# ---- what there is
+# ---- lists
 
 
 def test_list_names_everything_and_the_finished_runs(swept, inside, capsys):
