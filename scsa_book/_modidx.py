@@ -698,6 +698,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'scsa_book.cli.job': ('reference/command-line.html#job', 'scsa_book/cli.py'),
                                'scsa_book.cli.joined': ('reference/command-line.html#joined', 'scsa_book/cli.py'),
                                'scsa_book.cli.keeping_memory': ('reference/command-line.html#keeping_memory', 'scsa_book/cli.py'),
+                               'scsa_book.cli.kernel': ('reference/command-line.html#kernel', 'scsa_book/cli.py'),
                                'scsa_book.cli.ledger': ('reference/command-line.html#ledger', 'scsa_book/cli.py'),
                                'scsa_book.cli.list_names': ('reference/command-line.html#list_names', 'scsa_book/cli.py'),
                                'scsa_book.cli.main': ('reference/command-line.html#main', 'scsa_book/cli.py'),

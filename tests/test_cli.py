@@ -8,13 +8,15 @@ import subprocess
 import sys
 
 import nbformat
+import psutil
 import pytest
 from conftest import ROOT
 from filelock import FileLock
+from jupyter_core.utils import run_sync
 
 from scsa_book import cli
 from scsa_book.places import KEEP_MEMORY
-from scsa_book.training.config import Execution, RunConfig, configure, from_notebook
+from scsa_book.training.config import Execution, RunConfig, configure
 from scsa_book.training.result import load_result
 
 TINY = {"train_images": 128, "test_images": 30, "batch_size": 32, "epochs": 1, "warmup_epochs": 0}
@@ -218,25 +220,31 @@ def test_stopping_by_hand_is_no_traceback(inside, capsys, monkeypatch):
     assert said(capsys, "run", "classify", "-p", "seed=97") == (130, "", "")
 
 
-def test_the_kernel_of_a_run_keeps_memory(inside, monkeypatch):
+def test_the_kernel_of_a_run_keeps_memory_and_ends_with_the_block(tmp_path, monkeypatch):
     "What is set stays, and nothing stays set."
-    import papermill
-
-    class Started(Exception):
-        pass
-
-    def start(*args, **kwargs):
-        raise Started({name: os.environ.get(name) for name in KEEP_MEMORY})
-
-    monkeypatch.setattr(papermill, "execute_notebook", start)
     one, other = KEEP_MEMORY
     monkeypatch.setenv(one, "1")
     monkeypatch.delenv(other, raising=False)
-    config, execution = from_notebook({"task": "classify", "preset": "sample"})
-    with pytest.raises(Started) as seen:
-        cli.execute("classify", {}, config, execution)
-    assert seen.value.args[0] == {one: "1", other: KEEP_MEMORY[other]}
+    with pytest.raises(ZeroDivisionError), cli.kernel(tmp_path) as kernel:
+        process = psutil.Process(kernel.provisioner.pid)
+        found, folder = process.environ(), process.cwd()
+        1 / 0
+    assert {name: found[name] for name in KEEP_MEMORY} == {one: "1", other: KEEP_MEMORY[other]}
+    assert folder == str(tmp_path) and not process.is_running()
     assert os.environ[one] == "1" and other not in os.environ
+
+
+def test_a_kernel_is_ready_for_a_run_notebook_when_it_answers(tmp_path):
+    with cli.kernel(tmp_path) as kernel:
+        client = kernel.client()
+        client.start_channels()
+        run_sync(client.wait_for_ready)(timeout=60)
+        said = {}
+        hear = lambda message: said.update(message["content"])  # noqa: E731
+        code = "import sys; print(sorted({'torch', 'lightning', 'scsa_book.explain.runs'} & set(sys.modules)))"
+        run_sync(client.execute_interactive)(code, timeout=60, output_hook=hear)
+        client.stop_channels()
+    assert said["text"] == "['lightning', 'scsa_book.explain.runs', 'torch']\n"
 
 
 def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(book):

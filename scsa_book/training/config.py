@@ -123,9 +123,9 @@ def one_line(error: ValidationError) -> str:
 # %% ../../nbs/training/config.ipynb #297b76c1
 def must_be_known(what: str, name: str, known) -> None:
     "ConfigError unless `name` is among `known`."
-    from scsa_book.attention.registry import unknown
-
     if name not in known:
+        from scsa_book.attention.registry import unknown
+
         raise ConfigError(str(unknown(what, name, list(known))))
 
 # %% ../../nbs/training/config.ipynb #de4db6e7

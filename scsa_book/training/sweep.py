@@ -115,7 +115,6 @@ def job(
     execution = Execution(data_root=given.get("data_root"))
     parameters = {name: value for name, value in given.items() if name != "task"}
     print(f"attempt {attempt} on {platform.node()}", flush=True)
-    sys.modules.setdefault("rfc3987_syntax", None)  # see the text
     with undisturbed(run_id), noted(folder / "failed" / run_id, attempt):
         if not finished(config, execution):
             gpu = take_gpu(plan["gpus"], folder.parent)
