@@ -2204,6 +2204,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'scsa_book/training/sweep.py'),
                                           'scsa_book.training.sweep.ended': ('training/sweep.html#ended', 'scsa_book/training/sweep.py'),
                                           'scsa_book.training.sweep.follow': ('training/sweep.html#follow', 'scsa_book/training/sweep.py'),
+                                          'scsa_book.training.sweep.forget': ('training/sweep.html#forget', 'scsa_book/training/sweep.py'),
                                           'scsa_book.training.sweep.job': ('training/sweep.html#job', 'scsa_book/training/sweep.py'),
                                           'scsa_book.training.sweep.local_gpus': ( 'training/sweep.html#local_gpus',
                                                                                    'scsa_book/training/sweep.py'),

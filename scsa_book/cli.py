@@ -303,7 +303,7 @@ def run(
 # %% ../nbs/reference/command-line.ipynb #c781283a
 @app.command()
 def sweep(
-    name: Annotated[str, typer.Argument(help="An experiment of nbs/runs/experiments.yml.")],
+    names: Annotated[list[str], typer.Argument(help="Experiments of nbs/runs/experiments.yml.")],
     preset: Annotated[str | None, typer.Option(help="Instead of the experiment's own.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many, from 0.")] = None,
     cores: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
@@ -311,10 +311,11 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is to do.")] = False,
     data_root: DataRoot = None,
 ) -> None:
-    "Make all runs of an experiment; finished ones are skipped."
+    "Make all runs of some experiments; finished ones are skipped."
     from scsa_book.training import sweep as sweeps
 
-    sweeps.sweep(name, preset, seeds, cores, profile, dry_run, data_root, in_words)
+    how = {"preset": preset, "seeds": seeds, "cores": cores, "profile": profile}
+    sweeps.sweep(*names, **how, dry_run=dry_run, data_root=data_root, words=in_words)
 
 # %% ../nbs/reference/command-line.ipynb #cbba4bc9
 @app.command(hidden=True)

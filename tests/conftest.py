@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-# A grammar of addresses that nbformat could check and does not need: a second of each process that imports it.
+# A grammar of addresses that nbformat could check with, and that takes a second of every process to import.
 sys.modules.setdefault("rfc3987_syntax", None)
 
 ROOT = Path(__file__).resolve().parents[1]
