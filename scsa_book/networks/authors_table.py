@@ -11,10 +11,10 @@ __all__ = ['RESIDUAL', 'SE_LINEAR', 'ECA', 'FCA', 'CBAM', 'SGE', 'SA', 'GC', 'ST
            'WIDE', 'VARIANTS', 'DANET_RULES', 'STEMS', 'head_alone', 'DEEP_STEM', 'TIERED', 'POOLED', 'ZERO', 'D', 'T',
            'X4', 'X8', 'TIMM_TRUNKS', 'SENET154', 'WIDE_SE', 'NEXT', 'WITH_ECA', 'LEGACY_NAMES', 'LEGACY_STEM',
            'legacy', 'CAFFE', 'SE_MODULE', 'rectified', 'FIRST_STRIDE', 'halves', 'SK_TIMM', 'basic', 'wide',
-           'SK_TRUNKS', 'BYOB_NAMES', 'GCA', 'STEM_4', 'STEM_POOL', 'SILU', 'SHAPE_33', 'GROUPED', 'BYOB_TRUNKS', 'gca',
-           'BYOB', 'BYOB_RULES', 'Source', 'Rule', 'Row', 'rule', 'linear_as_conv', 'se_rules', 'residual',
-           'residual_network', 'of', 'resnet', 'eca', 'insight_width', 'ge_rules', 'wide_network', 'DualAttention',
-           'danet', 'timm_se', 'timm_eca', 'legacy_row', 'floor_8', 'floor_16', 'timm_gc']
+           'SK_TRUNKS', 'BYOB_NAMES', 'GCA', 'STEM_4', 'SILU', 'SHAPE_33', 'GROUPED', 'BYOB_TRUNKS', 'gca', 'BYOB',
+           'BYOB_RULES', 'Source', 'Rule', 'Row', 'rule', 'linear_as_conv', 'se_rules', 'residual', 'residual_network',
+           'of', 'resnet', 'eca', 'insight_width', 'ge_rules', 'wide_network', 'DualAttention', 'danet', 'timm_se',
+           'timm_eca', 'legacy_row', 'floor_8', 'floor_16', 'timm_gc']
 
 # %% ../../nbs/networks/authors-table.ipynb #a9cdd848
 import re
@@ -72,6 +72,11 @@ class Row:
     def trunk_options(self) -> dict:
         "Options of the trunk and their values."
         return {k: v for k, v in self.trunk.keywords.items() if k != "design"}
+
+    @property
+    def design(self) -> Design | None:
+        "Of a residual trunk."
+        return self.trunk.keywords.get("design")
 
 # %% ../../nbs/networks/authors-table.ipynb #927008ef
 def rule(ours: str, theirs: str, shape: str = "") -> Rule:
@@ -526,7 +531,7 @@ BYOB_NAMES = [
       for i, new in ((1, "conv1_1x1"), (2, "conv2_kxk"), (3, "conv3_1x1"))],
     *[Rule(rf"(stages\.\d\.\d+)\.bn{i}\.", rf"\1.{new}.@bn.")
       for i, new in ((1, "conv1_1x1"), (2, "conv2_kxk"), (3, "conv3_1x1"))],
-    Rule(r"\.downsample\.1\.", ".shortcut.conv.@conv."), Rule(r"\.downsample\.2\.", ".shortcut.conv.@bn."),
+    Rule(r"\.downsample\.0\.", ".shortcut.@conv."), Rule(r"\.downsample\.1\.", ".shortcut.@bn."),
     Rule(r"^last\.0\.", "final_conv.conv."), Rule(r"^last\.1\.", "final_conv.bn."),
     Rule(r"^fc\.", "head.fc."), Rule("@", ""),
 ]  # fmt: skip
@@ -536,15 +541,14 @@ GCA = [
 ]  # fmt: skip
 
 # %% ../../nbs/networks/authors-table.ipynb #f06521ab
-STEM_4 = {"stem_widths": (16, 32, 64), "stem_strides": (2, 1, 2), "pooling": "none", **POOLED}
-STEM_POOL = {"stem_widths": (16, 32, 64), "stem_strides": (2, 1, 1), **POOLED}
+STEM_4 = {"stem_widths": (24, 32, 64), "stem_strides": (2, 1, 2), "pooling": "none"}
 SILU = {"activation": partial(nn.SiLU, inplace=True)}
 SHAPE_33 = {"layers": (2, 3, 3, 2), "planes": (64, 128, 384, 384), "features": 1280}
 GROUPED = {"group_size": 32}
 BYOB_TRUNKS = {
     "resnet50t": Design(**STEM_4), "resnet33ts": Design(**SHAPE_33, **STEM_4, **SILU),
-    "resnext26ts": Design(LAYERS[26], **GROUPED, **STEM_POOL, **SILU),
-    "resnext50ts": Design(LAYERS[50], **GROUPED, **STEM_POOL, **SILU),
+    "resnext26ts": Design(LAYERS[26], **GROUPED, **TIERED, **SILU),
+    "resnext50ts": Design(LAYERS[50], **GROUPED, **TIERED, **SILU),
 }  # fmt: skip
 gca = {"attention": timm_gc, "reads": "gc", "position": "conv3", "side": "before"}
 BYOB = {

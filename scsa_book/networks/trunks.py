@@ -177,7 +177,7 @@ def residual_stages(d: Design) -> tuple[list[nn.Sequential], int]:
 def initialise(network: nn.Module, zero_init: bool = False) -> None:
     "He's rule for convolutions; with `zero_init` the last norms of residual branches are zero."
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if zero_init and isinstance(module, (BasicBlock, Bottleneck)):
             last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
