@@ -80,17 +80,10 @@ def build(
 BLOCK = re.compile(r"(layer\d+|features)\.\d+")
 
 
-def _canonical(network: nn.Module) -> dict[str, str]:
-    "Our names -> the names that the rules of the table know."
-    modules = attentions(network)
-    found = {}
-    for key in network.state_dict():
-        inside = next((m for m in modules if key.startswith(m + ".")), None)
-        if inside is None:
-            found[key] = key
-        else:
-            found[key] = f"{BLOCK.match(inside).group()}.@{key[len(inside) + 1:]}"
-    return found
+def _canonical(key: str, modules: Iterable[str]) -> str:
+    "The name that the rules of the table know; `modules` are those of attention."
+    inside = next((m for m in modules if key.startswith(m + ".")), None)
+    return key if inside is None else f"{BLOCK.match(inside).group()}.@{key[len(inside) + 1:]}"
 
 
 def _theirs(canonical: str, rules: Iterable[Rule]) -> tuple[str, str]:
@@ -111,6 +104,7 @@ class Entry:
     theirs: str
     shape: tuple[int, ...]  # ours
     axes: str  # "ours -> theirs", empty where they agree
+    repeats: int = 1  # channels that share a computed pattern
 
     @property
     def computed(self) -> bool:
@@ -122,10 +116,10 @@ class Entry:
         before, after = self.axes.split(" -> ") if self.axes else ("", "")
         return rearrange(value, f"{after} -> {before}") if self.axes else value
 
-    def to_theirs(self, value: Tensor, n: int = 1) -> Tensor:
+    def to_theirs(self, value: Tensor) -> Tensor:
         "Our tensor in their shape."
         if self.computed:
-            return repeat(value, self.axes, n=n)
+            return repeat(value, self.axes, n=self.repeats)
         return rearrange(value, self.axes) if self.axes else value
 
     @property
@@ -135,10 +129,13 @@ class Entry:
 # %% ../../nbs/networks/authors.ipynb #9b6769be
 def _entries(network: nn.Module, row: Row) -> list[Entry]:
     "All entries of a network."
-    canonical, found = _canonical(network), []
+    modules, found = attentions(network), []
     for ours, value in network.state_dict().items():
-        theirs, axes = _theirs(canonical[ours], row.rules)
-        found.append(Entry(ours, theirs, tuple(value.shape), axes))
+        theirs, axes = _theirs(_canonical(ours, modules), row.rules)
+        repeats = 1
+        if "(" in axes:
+            repeats = modules[ours.rpartition(".")[0]].channels // len(value)
+        found.append(Entry(ours, theirs, tuple(value.shape), axes, repeats))
     return found
 
 # %% ../../nbs/networks/authors.ipynb #f235bbef
@@ -428,12 +425,8 @@ def to_authors(
     name: str,
 ) -> dict[str, Tensor]:
     "The weights of a network under the authors' names, in their shapes; views where possible."
-    row, state, found = info(name), network.state_dict(), {}
-    for entry in _entries(network, row):
-        width = next((m.channels for k, m in attentions(network).items() if entry.ours.startswith(k + ".")), 0)
-        repeats = width // entry.shape[0] if entry.computed else 1
-        found[entry.theirs] = entry.to_theirs(state[entry.ours], repeats)
-    return found
+    state = network.state_dict()
+    return {e.theirs: e.to_theirs(state[e.ours]) for e in _entries(network, info(name))}
 
 # %% ../../nbs/networks/authors.ipynb #c8416fae
 MARKS = {
