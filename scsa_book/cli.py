@@ -6,8 +6,9 @@
 __all__ = ['app', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot', 'bench', 'any_gpu', 'Device', 'Dtype', 'Layout',
            'Compiled', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters', 'title',
            'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory', 'execute', 'is_locked',
-           'in_words', 'make_run', 'run', 'sweep', 'job', 'names_in_use', 'list_names', 'counting', 'recounting',
-           'ledger', 'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
+           'in_words', 'make_run', 'run', 'sweep', 'job', 'beside_the_claim', 'evaluation_page', 'execute_evaluation',
+           'evaluate', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger', 'modules', 'networks',
+           'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -295,6 +296,89 @@ def job(folder: Path, run_id: str, attempt: int = 1) -> None:
     from scsa_book.training import sweep as sweeps
 
     sweeps.job(folder, run_id, execute, attempt)
+
+# %% ../nbs/reference/command-line.ipynb #958b5909
+def beside_the_claim(result) -> str:
+    "An evaluation in one line."
+    parts = []
+    for metric, value in list(result.metrics.items())[:2]:
+        low, high = result.intervals.get(metric, (value, value))
+        part = f"{metric} {value:.2f} % ({low:.2f} to {high:.2f})"
+        if claim := result.claims.get(metric):
+            part += f", stated {claim.stated} by {claim.by}: {claim.verdict}"
+        parts.append(part)
+    return "  ".join([result.id, *parts, f"of {result.data.test_images:,} images"])
+
+# %% ../nbs/reference/command-line.ipynb #f05d8d8d
+def evaluation_page(notebook):
+    "An executed evaluation as a page of the results."
+    for cell in notebook.cells:
+        clean_cell(cell)
+    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
+    return notebook
+
+# %% ../nbs/reference/command-line.ipynb #2438458a
+def execute_evaluation(parameters: dict[str, Any], evaluation, execution):
+    "Execute the notebook of evaluation; its result. RunFailed says what went wrong."
+    import nbformat
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    from scsa_book.training.evaluate import EvaluationResult, evaluation_path
+    from scsa_book.training.result import run_folder, write_whole
+
+    notebook = task_notebook("evaluate")
+    work = run_folder(evaluation, execution) / "notebook.ipynb"
+    work.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with passing_on_sigterm(), keeping_memory():
+            done = papermill.execute_notebook(
+                str(notebook), str(work), parameters,
+                kernel_name="python3", cwd=str(notebook.parent), progress_bar=False,
+                stdout_file=sys.stderr, extra_arguments=["--IPKernelApp.log_level=50"],
+            )  # fmt: skip
+    except PapermillExecutionError as error:
+        kind = ValueError if error.ename in ("DataError", "Misfit", "ValueError") else RunFailed
+        raise kind(f"{evaluation.id}: {error.evalue} ({error.ename}; see {work})") from None
+    path = evaluation_path(evaluation, execution)
+    write_whole(path.with_suffix(".ipynb"), nbformat.writes(evaluation_page(done)) + "\n")
+    work.unlink()
+    return EvaluationResult.model_validate_json(path.read_text("utf-8"))
+
+# %% ../nbs/reference/command-line.ipynb #82df2f36
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Weights of the authors or of a run; none: the book's own.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="imagenet, folder:NAME, cifar100, coco, voc, camvid, ...")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the authors' table; default: the only one that fits.")
+    ] = None,
+    parameters: Parameters = [],  # noqa: B006
+    data_root: DataRoot = None,
+    again: Again = False,
+) -> None:
+    "Evaluate a checkpoint, beside the number that was stated for it."
+    from scsa_book.training.config import Execution
+    from scsa_book.training.evaluate import Evaluation, EvaluationResult, evaluation_path, plan
+
+    given = parse_parameters(parameters)
+    check_parameters(task_notebook("evaluate"), given)
+    fields = {k: v for k, v in given.items() if k in Evaluation.model_fields}
+    where = {k: v for k, v in given.items() if k in Execution.model_fields}
+    where |= {"again": again} | ({"data_root": data_root} if data_root else {})
+    evaluation, path, _ = plan(checkpoint, name, data, **fields)
+    execution, found = Execution(**where), evaluation_path(evaluation, Execution(**where))
+    if found.is_file() and not again:
+        result = EvaluationResult.model_validate_json(found.read_text("utf-8"))
+        print(beside_the_claim(result) + "  (finished before; --again repeats it)")
+        return
+    asked = {"checkpoint": str(path), "data": evaluation.dataset, "name": name, "again": again}
+    asked |= {"data_root": str(data_root)} if data_root else {}
+    print(beside_the_claim(execute_evaluation({**asked, **given}, evaluation, execution)))
 
 # %% ../nbs/reference/command-line.ipynb #5fb3ad5b
 def names_in_use() -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from ..attention.registry import unknown
 from .authors_parts import dct_patterns, frequencies_of
 from .authors_table import ROWS, Row, Rule
 from .placement import attend, attend_modules, attentions
-from .weights_file import COUNTER, read_weights
+from .weights_file import COUNTER, below, read_weights
 
 # %% ../../nbs/networks/authors.ipynb #641d4ef0
 def names() -> list[str]:
@@ -90,9 +90,8 @@ def _theirs(canonical: str, rules: Iterable[Rule]) -> tuple[str, str]:
     "Their name, and how the axes correspond if they do not."
     name, shape = canonical, ""
     for rule in rules:
-        if new := re.sub(rule.ours, rule.theirs, name, count=1):
-            shape = rule.shape if new != name and rule.shape else shape
-            name = new
+        name, found = rule.pattern.subn(rule.theirs, name, count=1)
+        shape = rule.shape if found and rule.shape else shape
     return name.replace("@", ""), shape
 
 # %% ../../nbs/networks/authors.ipynb #8eafccf3
@@ -271,6 +270,8 @@ class Report:
     read: dict  # options that the weights show
     assumed: dict  # options that no weight shows
     loaded: int = 0  # tensors taken
+    unused: int = 0  # entries outside of the network
+    prefix: str = ""  # before the names of the network
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -283,6 +284,8 @@ class Report:
             f"read from the weights: {listed(self.read)}",
             f"not in the weights, as the authors have it: {listed(self.assumed)}",
         ]
+        if self.prefix:
+            lines.append(f"without the prefix {self.prefix!r}; {self.unused} entries outside of it")
         return "\n".join([*lines, *self.notes])
 
 # %% ../../nbs/networks/authors.ipynb #2d4c4c8f
@@ -343,18 +346,12 @@ def _first_layer(row: Row) -> str:
     return f"{inside}conv1.0.weight" if several else f"{inside}conv1.weight"
 
 
-def _without_prefix(state: Mapping[str, Tensor], row: Row) -> tuple[dict[str, Tensor], list[str]]:
-    "The entries of the network under the names of the table, and notes on the others."
+def _prefix(state: Mapping[str, Tensor], row: Row) -> str:
+    "What stands before the names of a network in a state dict."
     first = _theirs(_first_layer(row), row.rules)[0]
-    found = [k[: -len(first)] for k in state if k.endswith("." + first)]
-    if first in state or not found:
-        return dict(state), []
-    prefix = min(found, key=len)
-    inside = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-    notes = [f"without the prefix {prefix!r}"]
-    if others := len(state) - len(inside):
-        notes.append(f"{others} entries outside of it are not used")
-    return inside, notes
+    if first in state:
+        return ""
+    return min((k[: -len(first)] for k in state if k.endswith("." + first)), key=len, default="")
 
 # %% ../../nbs/networks/authors.ipynb #a236dd4f
 class Misfit(ValueError):
@@ -370,7 +367,8 @@ def _fit(state: Mapping[str, Tensor], name: str, given: Mapping) -> tuple[nn.Mod
     "The network on the meta device, its state dict and the report; `Misfit` otherwise."
     row = info(name)
     _checked(name, given)
-    state, notes = _without_prefix(state, row)
+    prefix, whole = _prefix(state, row), len(state)
+    state = below(prefix, state)
     try:
         read, classes = read_options(state, name)
     except Absent:
@@ -390,7 +388,8 @@ def _fit(state: Mapping[str, Tensor], name: str, given: Mapping) -> tuple[nn.Mod
     ours = {e.ours: _value(e, state, computed) for e in entries}
     defaults = {**row.trunk_options, **row.options}
     assumed = {k: v for k, v in {**defaults, **given}.items() if k not in {*read, *SHOWN}}
-    report = Report(name, classes, read, assumed, sum(e.theirs in state for e in entries), notes)
+    loaded = sum(e.theirs in state for e in entries)
+    report = Report(name, classes, read, assumed, loaded, whole - len(state), prefix)
     report.notes += _remarks(entries, state)
     return network, ours, report
 
@@ -437,19 +436,23 @@ MARKS = {
 
 
 def _could_be(row: Row, state: Mapping[str, Tensor]) -> bool:
-    "Whether the number of blocks and the mechanism agree; cheap, before a network is built."
-    view = View(state, row)
-    if view.named(_first_layer(row)) is None:
+    "Whether blocks and mechanism agree; cheap, before a network is built."
+    view, first = View(state, row), _first_layer(row)
+    if view.named(first) is None:
         return False
     if row.reads in MARKS and view.found(MARKS[row.reads])[-1] is None:
         return False
-    if row.design is None:
-        return True
-    stage = _first_layer(row).partition("conv1")[0] + "layer"
-    blocks = enumerate(row.design.layers, 1)
-    ends = [(f"{stage}{s}.{n - 1}.", f"{stage}{s}.{n}.") for s, n in blocks]
-    last = "conv3.weight" if row.design.block == "bottleneck" else "conv2.weight"
-    return all(view.named(a + last) is not None and view.named(b + last) is None for a, b in ends)
+    if row.reads == "ge":
+        marks = {"theta-": (False, False), "theta": (True, False), "theta+": (True, True)}
+        leaves = ("@gather.0.weight", "@excite.1.weight")
+        shown = tuple(view.found(leaf)[0] is not None for leaf in leaves)
+        if shown != marks[row.options["variant"]]:
+            return False
+    stage = first.partition("conv1")[0] + "layer"
+    basic = row.design is not None and row.design.block == "basic"
+    conv = "conv2.weight" if basic else "conv1.weight"  # which no selection replaces
+    ends = [(f"{stage}{s}.{n - 1}.{conv}", f"{stage}{s}.{n}.{conv}") for s, n in enumerate(row.layers, 1)]
+    return all(view.named(a) is not None and view.named(b) is None for a, b in ends)
 
 # %% ../../nbs/networks/authors.ipynb #98d262b4
 def _facts(report: Report) -> dict:
@@ -467,7 +470,8 @@ def _fitting(state: Mapping[str, Tensor]) -> list[Report]:
     "Reports of the rows that a state dict fits, one for each different network."
     found = []
     for name in names():
-        if not _could_be(info(name), _without_prefix(state, info(name))[0]):
+        row = info(name)
+        if not _could_be(row, below(_prefix(state, row), state)):
             continue
         try:
             report = _fit(state, name, {})[2]
@@ -478,7 +482,8 @@ def _fitting(state: Mapping[str, Tensor]) -> list[Report]:
             found.append(report)
         elif not _as_listed(alike[0]) and _as_listed(report):
             found[found.index(alike[0])] = report
-    return found
+    least = min((report.unused for report in found), default=0)
+    return [report for report in found if report.unused == least]
 
 
 def _as_listed(report: Report) -> bool:

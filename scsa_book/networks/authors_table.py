@@ -20,7 +20,7 @@ __all__ = ['RESIDUAL', 'SE_LINEAR', 'ECA', 'FCA', 'CBAM', 'SGE', 'SA', 'GC', 'ST
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 from torch import nn
 
@@ -48,6 +48,10 @@ class Rule:
     ours: str  # regular expression
     theirs: str  # template
     shape: str = ""  # "our axes -> their axes" where they differ
+
+    @cached_property
+    def pattern(self) -> re.Pattern:
+        return re.compile(self.ours)
 
 # %% ../../nbs/networks/authors-table.ipynb #ccbc39ea
 RESIDUAL = ("layer1.*", "layer2.*", "layer3.*", "layer4.*")
@@ -77,6 +81,14 @@ class Row:
     def design(self) -> Design | None:
         "Of a residual trunk."
         return self.trunk.keywords.get("design")
+
+    @property
+    def layers(self) -> Sequence[int]:
+        "Blocks of each stage, where the number says which network it is."
+        if self.design is not None:
+            return self.design.layers
+        depth = self.trunk.keywords.get("depth")
+        return () if depth is None else ((depth - 4) // 6,) * 3
 
 # %% ../../nbs/networks/authors-table.ipynb #927008ef
 def rule(ours: str, theirs: str, shape: str = "") -> Rule:
