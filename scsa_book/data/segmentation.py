@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'CAMVID_REMEDY', 'ADE_REMEDY', 'of_scenes', 'of_mini', 'FACTS', 'NO_CLASS', 'CAMVID_CLASSES', 'CAMVID_TABLE',
-           'ADE_TABLE', 'SegmentationFacts', 'as_imagenet', 'facts', 'continued', 'dominated', 'uniform', 'whole',
-           'JointChange', 'ClassMaps', 'class_map', 'ObjectMaps', 'grey_table', 'read_classes', 'FileMaps', 'paired',
-           'camvid_files', 'ade_files', 'ade_classes', 'SegmentationSet', 'from_files', 'from_objects', 'from_scenes',
-           'segmentation_set']
+           'ADE_TABLE', 'MOST', 'FEWER', 'SegmentationFacts', 'as_imagenet', 'facts', 'continued', 'dominated',
+           'uniform', 'whole', 'JointChange', 'ClassMaps', 'class_map', 'ObjectMaps', 'grey_table', 'read_classes',
+           'FileMaps', 'paired', 'camvid_files', 'ade_files', 'ade_classes', 'SegmentationSet', 'from_files',
+           'from_objects', 'from_scenes', 'segmentation_set']
 
 # %% ../../nbs/training/segmentation-data.ipynb #ef6e727f
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ from . import annotations as ann
 from . import detection
 from .detection import ANY, Detections, PictureDetections, SceneDetections
 from .images import IMAGENET, PICTURES, Draw, Facts, ImageSet
-from .images import fingerprint_of_files, opened, read_picture, seeded
+from .images import fingerprint_of_files, opened, ours, read_picture, seeded
 from .scenes import SceneOptions
 from ..places import DataError
 
@@ -204,8 +204,11 @@ def read_classes(path: Path, table: np.ndarray, remedy: str) -> Tensor:
     "Classes, uint8 (H, W), of a file of greys; DataError for a grey that means nothing."
     with opened(path, remedy) as file:
         greys = np.asarray(file)
-    if greys.ndim != 2 or greys.dtype != np.uint8:
+    if greys.ndim != 2 or greys.dtype.kind not in "ui":
         raise DataError(f"{path.name} has colours, not numbers of classes", path.parent, remedy)
+    if greys.min() < 0 or greys.max() >= len(table):
+        odd = greys.max() if greys.max() >= len(table) else greys.min()
+        raise DataError(f"{path.name} holds {odd}, which is no class", path.parent, remedy)
     classes = table[greys]
     if (classes == NO_CLASS).any():
         grey = greys[classes == NO_CLASS].min()
@@ -243,8 +246,9 @@ def paired(images: Path, classes: Path, remedy: str) -> list[tuple[Path, Path]]:
     for folder in (images, classes):
         if not folder.is_dir():
             raise DataError(f"no folder `{folder.name}`", folder.parent, remedy)
-    files = sorted(p for p in images.iterdir() if p.suffix.lower() in PICTURES)
+    files = sorted(p for p in images.iterdir() if p.suffix.lower() in PICTURES and ours(p.name))
     known = {p.stem: p for p in classes.glob("*.png")}
+    ann.unique(((p.stem, p.name) for p in files), "the name", str(images))
     lost = [p.name for p in files if p.stem not in known]
     if lost or not files:
         missing = f"no classes for {len(lost)} pictures, first {lost[0]}" if lost else ""
@@ -290,7 +294,6 @@ class SegmentationSet(ImageSet):
     "Training and test pictures with classes; `ImageModule` makes loaders of it."
 
     ignore: int = IGNORE  # the class that losses and scores pass over
-    notes: tuple[str, ...] = ()  # what readers clipped or left out
 
 # %% ../../nbs/training/segmentation-data.ipynb #2a795a09
 def from_files(name: str, root, few: Sequence, change: Callable) -> SegmentationSet:
@@ -308,9 +311,16 @@ def from_files(name: str, root, few: Sequence, change: Callable) -> Segmentation
     )  # fmt: skip
 
 # %% ../../nbs/training/segmentation-data.ipynb #5d7ca5db
+MOST = IGNORE - 1  # classes beside the background
+FEWER = "Join classes, or leave some out of the file."
+
+# %% ../../nbs/training/segmentation-data.ipynb #3ec5ad43
 def from_objects(name: str, root, few: Sequence, change: Callable) -> SegmentationSet:
     "A set in COCO's layout."
-    place, *halves = detection.read_halves(name, root)
+    place, *halves = detection.read_halves(name, root, masks=True)
+    if len(halves[0].classes) > MOST:
+        many = f"{name} has {len(halves[0].classes)} classes"
+        raise DataError(f"{many}, more than the {MOST} that a byte holds", place, FEWER)
     fewer = [detection.fewer(half, n) for half, n in zip(halves, few, strict=True)]
     train, test = (PictureDetections(half, learn=False, masks=True) for half in fewer)
     f, classes = facts(name), ("background", *halves[0].classes)
