@@ -1581,6 +1581,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'scsa_book/explain/gates.py'),
                                          'scsa_book.explain.gates.total_gate': ( 'see/gate-variance.html#total_gate',
                                                                                  'scsa_book/explain/gates.py')},
+            'scsa_book.explain.initial_gain': { 'scsa_book.explain.initial_gain.initial_gain': ( 'see/initial-gain.html#initial_gain',
+                                                                                                 'scsa_book/explain/initial_gain.py')},
             'scsa_book.explain.localisation': { 'scsa_book.explain.localisation.Claim': ( 'see/localisation.html#claim',
                                                                                           'scsa_book/explain/localisation.py'),
                                                 'scsa_book.explain.localisation.Claim.verdict': ( 'see/localisation.html#claim.verdict',
