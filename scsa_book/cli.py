@@ -383,6 +383,9 @@ def recounting(write: bool) -> None:
     "Count every cost again and print what has changed; RuntimeError if something has."
     from scsa_book.evidence import ledger as kept
 
+    if kept.is_current() and not write:
+        print(f"{len(kept.kept())} costs kept, nothing that they depend on has changed")
+        return
     found = counting()
     changed = kept.changes(kept.kept(), found)
     print("\n".join(changed) or f"{len(found)} costs counted, nothing has changed")
@@ -395,7 +398,7 @@ def recounting(write: bool) -> None:
 @app.command()
 def ledger(
     check: Annotated[
-        bool, typer.Option("--check", help="Count every cost again; an error if one changed.")
+        bool, typer.Option("--check", help="Count every cost again that may have changed.")
     ] = False,
     write: Annotated[
         bool, typer.Option("--write", help="Count every cost again, and keep the counts.")
