@@ -12,6 +12,7 @@ __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot',
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -368,15 +369,18 @@ def list_names(
 def counting() -> dict:
     "Every cost, counted again; how far it is stands on the error stream."
     from scsa_book.evidence.ledger import costs, recount_all
+    from tqdm import tqdm
 
-    wanted, done = costs(), 0
+    wanted = costs()
+    with tqdm(total=len(wanted), unit="cost", disable=None, leave=False) as bar:
+        done = itertools.count(1)
 
-    def tell(entry):
-        nonlocal done
-        done += 1
-        print(f"{done:>3} of {len(wanted)}  {entry.status:<7}  {entry.place}", file=sys.stderr)
+        def tell(entry):
+            bar.update()
+            line = f"{next(done):>3} of {len(wanted)}  {entry.status:<7}  {entry.place}"
+            bar.write(line, file=sys.stderr)
 
-    return recount_all(wanted, tell)
+        return recount_all(wanted, tell)
 
 # %% ../nbs/reference/command-line.ipynb #5c449a7e
 def recounting(write: bool) -> None:
