@@ -15,7 +15,7 @@ from filelock import FileLock
 from jupyter_core.utils import run_sync
 
 from scsa_book import cli
-from scsa_book.places import KEEP_MEMORY
+from scsa_book.paths import KEEP_MEMORY
 from scsa_book.training.config import Execution, RunConfig, configure
 from scsa_book.training.result import load_result
 
@@ -173,7 +173,7 @@ def test_a_run_that_another_process_is_at_is_refused_at_once(inside, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["clasify"], "unknown task 'clasify'. Did you mean 'classify'"),
         (["classify", "-p", "atention=se"], "unknown parameter 'atention'. Did you mean 'attention'"),
@@ -191,11 +191,11 @@ def test_a_run_that_another_process_is_at_is_refused_at_once(inside, capsys):
         (["classify", "-p", "options={a: "], "the value is not YAML"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_2(inside, capsys, monkeypatch, words, told):
+def test_a_mistake_is_one_line_and_code_2(inside, capsys, monkeypatch, words, message):
     monkeypatch.setattr(cli, "execute", lambda *a, **k: pytest.fail("it was started"))
     code, out, err = said(capsys, "run", *words)
     assert code == 2 and out == "" and err.startswith("scsa-book: ") and err.count("\n") == 1
-    assert told in err
+    assert message in err
 
 
 def test_an_unknown_experiment_lists_the_known_ones(inside, capsys):
@@ -235,8 +235,8 @@ def test_a_kernel_is_ready_for_a_run_keeps_memory_and_ends_with_the_block(tmp_pa
         client = kernel.client()
         client.start_channels()
         run_sync(client.wait_for_ready)(timeout=120)
-        hear = lambda message: found.update(message["content"])  # noqa: E731
-        run_sync(client.execute_interactive)(code, timeout=60, output_hook=hear)
+        aggregate = lambda message: found.update(message["content"])  # noqa: E731
+        run_sync(client.execute_interactive)(code, timeout=60, output_hook=aggregate)
         client.stop_channels()
         raise ZeroDivisionError
     assert found["text"] == "['scsa_book.explain.runs', 'torch']\n"
