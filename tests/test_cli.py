@@ -1,4 +1,4 @@
-"""The command line: a whole run and a whole sweep in a small book of its own, and what mistakes are told."""
+"""The command line: a complete run and sweep in a small book of its own, and messages for wrong arguments."""
 
 import json
 import os
@@ -32,7 +32,7 @@ pair:
 
 
 def scsa_book(*arguments, cwd, **environment):
-    "The command in a process of its own, as a person types it."
+    "The command in a process of its own, as typed in a shell."
     command = [sys.executable, "-m", "scsa_book.cli", *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
@@ -223,7 +223,7 @@ def test_stopping_by_hand_is_no_traceback(inside, capsys, monkeypatch):
 
 
 def test_a_kernel_is_ready_for_a_run_keeps_memory_and_ends_with_the_block(tmp_path, monkeypatch):
-    "What is set stays, and nothing stays set."
+    "Variables that are set keep their values, and the others are unset again afterwards."
     one, other = KEEP_MEMORY
     monkeypatch.setenv(one, "1")
     monkeypatch.delenv(other, raising=False)
@@ -265,7 +265,7 @@ def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(inside, capsys):
     assert result.starts == 2 and [e.epoch for e in result.epochs] == [*range(1, 16)]
 
 
-# ---- what there is
+# ---- lists
 
 
 def test_list_names_everything_and_the_finished_runs(swept, inside, capsys):
