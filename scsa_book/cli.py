@@ -12,6 +12,7 @@ __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot',
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -451,21 +452,27 @@ def list_names(
 def counting() -> dict:
     "Every cost, counted again; how far it is stands on the error stream."
     from scsa_book.evidence.ledger import costs, recount_all
+    from tqdm import tqdm
 
-    wanted, done = costs(), 0
+    wanted = costs()
+    with tqdm(total=len(wanted), unit="cost", disable=None, leave=False) as bar:
+        done = itertools.count(1)
 
-    def show(entry):
-        nonlocal done
-        done += 1
-        print(f"{done:>3} of {len(wanted)}  {entry.status:<7}  {entry.key}", file=sys.stderr)
+        def show(entry):
+            bar.update()
+            line = f"{next(done):>3} of {len(wanted)}  {entry.status:<7}  {entry.key}"
+            bar.write(line, file=sys.stderr)
 
-    return recount_all(wanted, show)
+        return recount_all(wanted, show)
 
 # %% ../nbs/reference/command-line.ipynb #5c449a7e
 def recounting(write: bool) -> None:
     "Count every cost again and print what has changed; RuntimeError if something has."
     from scsa_book.evidence import ledger as ledgers
 
+    if ledgers.is_current() and not write:
+        print(f"{len(ledgers.ledgers())} costs kept, nothing that they depend on has changed")
+        return
     found = counting()
     changed = ledgers.changes(ledgers.stored(), found)
     print("\n".join(changed) or f"{len(found)} costs counted, nothing has changed")
@@ -478,7 +485,7 @@ def recounting(write: bool) -> None:
 @app.command()
 def ledger(
     check: Annotated[
-        bool, typer.Option("--check", help="Count every cost again; an error if one changed.")
+        bool, typer.Option("--check", help="Count every cost again that may have changed.")
     ] = False,
     write: Annotated[
         bool, typer.Option("--write", help="Count every cost again, and keep the counts.")
