@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot', 'bench', 'any_gpu', 'Device', 'Dtype', 'Layout',
            'Compiled', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters', 'title',
-           'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory', 'execute', 'is_locked',
-           'in_words', 'make_run', 'run', 'sweep', 'job', 'names_in_use', 'list_names', 'counting', 'recounting',
-           'ledger', 'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
+           'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory', 'of_this_interpreter',
+           'execute', 'is_locked', 'in_words', 'make_run', 'run', 'sweep', 'job', 'names_in_use', 'list_names',
+           'counting', 'recounting', 'ledger', 'modules', 'networks', 'memory_gib', 'devices', 'data_found',
+           'quarto_found', 'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -174,6 +175,20 @@ def keeping_memory():
             del os.environ[name]
 
 # %% ../nbs/reference/command-line.ipynb #40ddd34b
+def of_this_interpreter():
+    "A class of kernels that run in the interpreter of this command."
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    class Kernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+    return Kernel
+
+# %% ../nbs/reference/command-line.ipynb #52b28822
 def execute(task: str, parameters: dict[str, Any], config, execution):
     "Execute a run notebook; its result. RunFailed, or ValueError for missing data, in its words."
     import nbformat
@@ -189,7 +204,7 @@ def execute(task: str, parameters: dict[str, Any], config, execution):
             done = papermill.execute_notebook(
                 str(notebook), str(work), parameters,
                 kernel_name="python3", cwd=str(notebook.parent), progress_bar=False,
-                stdout_file=sys.stderr,
+                stdout_file=sys.stderr, kernel_manager_class=of_this_interpreter(),
                 extra_arguments=["--IPKernelApp.log_level=50"],  # or it remarks on its connection
             )  # fmt: skip
     except PapermillExecutionError as error:
@@ -232,12 +247,14 @@ def make_run(
 ) -> tuple[Any, bool]:
     "The result of a run, and whether it had been finished already."
     from scsa_book.training.config import from_notebook
-    from scsa_book.training.result import finished, run_folder
+    from scsa_book.training.result import finished, require_room, result_path, run_folder
 
     check_parameters(task_notebook(task), parameters)
     config, execution = from_notebook({"task": task, **parameters})
     if not again and (result := finished(config, execution)):
         return result, True
+    require_room(run_folder(config, execution), 2**20, "cache_dir")
+    require_room(result_path(config, execution).parent, 2**20, "results_dir")
     if is_locked(folder := run_folder(config, execution)):
         lock = folder / "lock"
         raise RunFailed(f"{config.id} is being made by another process (it holds {lock})")

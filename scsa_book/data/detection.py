@@ -7,8 +7,8 @@ __all__ = ['ANY', 'FACTS', 'MIRROR', 'AUGMENTS', 'HALVES', 'SCENES', 'DetectionF
            'rows_of', 'target_of', 'still_there', 'changed', 'Detections', 'PictureDetections', 'pixels',
            'SceneDetections', 'coco_half', 'coco_halves', 'bccd_halves', 'voc_halves', 'read_halves', 'below_root',
            'folder_of', 'scaled_size', 'scaled_sizes', 'with_area', 'picked', 'scalable', 'DetectionSet', 'evenly',
-           'fewer', 'fingerprint_of_halves', 'fingerprint_of_scenes', 'scene_options', 'check_wishes', 'scenes_set',
-           'detection_set']
+           'fewer', 'fingerprint_of_halves', 'fingerprint_of_scenes', 'scene_values', 'scene_options',
+           'DetectionOptions', 'check_wishes', 'scenes_set', 'detection_set']
 
 # %% ../../nbs/training/detection-data.ipynb #e9423dd1
 import hashlib
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from typing import Any, Literal
 from ..attention.registry import unknown
 from . import annotations as ann
 from . import fashion
@@ -29,6 +30,7 @@ from .annotations import Annotated, Annotations, has_masks, masks_of
 from .images import IMAGENET, TURNED, Draw, Facts, ImageSet
 from .images import fingerprint_of_files, folder_name, orientation, read_picture, seeded
 from .scenes import SPLITS, SceneOptions, scene
+from ..options import Options, checked, model_of
 from ..places import DataError, data_root as chosen_root, embedded
 
 # %% ../../nbs/training/detection-data.ipynb #f8d44f29
@@ -295,7 +297,7 @@ def below_root(name: str, root: Path | str | None, remedy: str) -> Path:
         raise DataError(f"no data root for {name}", unset, remedy)
     folder = place / name.removeprefix("coco:")
     if not folder.is_dir():
-        raise DataError(f"no folder `{folder.name}`", place, remedy)
+        raise DataError(f"dataset={name}: no folder `{folder.name}`", place, remedy)
     return folder
 
 
@@ -388,16 +390,25 @@ def fingerprint_of_scenes(options: SceneOptions, few: int = 4) -> str:
 SCENES = {"train": 2000, "test": 400}  # how many there are unless a run wants another number
 
 
+def scene_values(given: Mapping) -> dict:
+    "Options of scenes as numbers; ValueError for an unknown name or what is no number."
+    return checked(model_of(SceneOptions, SceneOptions.__dataclass_fields__), given, "scene option")
+
+
 def scene_options(name: str, given: Mapping | SceneOptions | None) -> SceneOptions:
     "The options of scenes from a mapping; ValueError for unknown ones or for another set."
     if given and name != "scenes":
         raise ValueError(f"scene options are given, but the dataset is {name!r}: use 'scenes'")
     if isinstance(given, SceneOptions):
         return given
-    for option in given or {}:
-        if option not in SceneOptions.__dataclass_fields__:
-            raise unknown("scene option", option, list(SceneOptions.__dataclass_fields__))
-    return SceneOptions(**(given or {}))
+    return SceneOptions(**scene_values(given or {}))
+
+# %% ../../nbs/training/detection-data.ipynb #decbe55c
+class DetectionOptions(Options):
+    "What a set for detection can be told beside its name."
+
+    augment: Literal[tuple(AUGMENTS)] = "flip"  # a random change of pictures and boxes
+    scenes: dict[str, Any] | None = None  # what scenes are like
 
 # %% ../../nbs/training/detection-data.ipynb #b59561db
 def check_wishes(name: str, masks: bool, augment: str) -> None:

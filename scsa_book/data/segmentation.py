@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'CAMVID_REMEDY', 'ADE_REMEDY', 'of_scenes', 'of_mini', 'FACTS', 'NO_CLASS', 'CAMVID_CLASSES', 'CAMVID_TABLE',
-           'ADE_TABLE', 'MOST', 'FEWER', 'SegmentationFacts', 'as_imagenet', 'facts', 'continued', 'dominated',
-           'uniform', 'whole', 'JointChange', 'ClassMaps', 'class_map', 'ObjectMaps', 'grey_table', 'read_classes',
-           'FileMaps', 'paired', 'camvid_files', 'ade_files', 'ade_classes', 'SegmentationSet', 'from_files',
-           'from_objects', 'from_scenes', 'segmentation_set']
+           'ADE_TABLE', 'MOST', 'FEWER', 'Side', 'Factor', 'SegmentationFacts', 'as_imagenet', 'facts', 'continued',
+           'dominated', 'uniform', 'whole', 'JointChange', 'ClassMaps', 'class_map', 'ObjectMaps', 'grey_table',
+           'read_classes', 'FileMaps', 'paired', 'camvid_files', 'ade_files', 'ade_classes', 'SegmentationSet',
+           'from_files', 'from_objects', 'from_scenes', 'SegmentationOptions', 'segmentation_set']
 
 # %% ../../nbs/training/segmentation-data.ipynb #ef6e727f
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
+from typing import Annotated, Any
+from pydantic import Field, StrictBool, field_validator
 from ..attention.registry import unknown
 from . import annotations as ann
 from . import detection
@@ -26,6 +28,7 @@ from .detection import ANY, Detections, PictureDetections, SceneDetections
 from .images import IMAGENET, PICTURES, Draw, Facts, ImageSet
 from .images import fingerprint_of_files, opened, ours, read_picture, seeded
 from .scenes import SceneOptions
+from ..options import Number, Options, Whole, checked
 from ..places import DataError
 
 # %% ../../nbs/training/segmentation-data.ipynb #37223377
@@ -345,6 +348,26 @@ def from_scenes(options: SceneOptions, few: Sequence, change: Callable) -> Segme
     )  # fmt: skip
 
 # %% ../../nbs/training/segmentation-data.ipynb #9c6a23b2
+Side = Annotated[Whole, Field(ge=1, le=8192)]
+Factor = Annotated[Number, Field(ge=0.01, le=100)]
+
+
+class SegmentationOptions(Options):
+    "What a set for segmentation can be told beside its name."
+
+    crop: tuple[Side, Side] | None = None  # of training, height and width; None: the set's own
+    scale: tuple[Factor, Factor] | None = None  # range of random scales; None: likewise
+    distort: StrictBool = False  # change colours at random
+    scenes: dict[str, Any] | None = None  # what scenes are like
+
+    @field_validator("scale")
+    @classmethod
+    def _rises(cls, scale):
+        if scale and scale[0] > scale[1]:
+            raise ValueError("the two numbers must rise")
+        return scale
+
+# %% ../../nbs/training/segmentation-data.ipynb #60fb96a4
 def segmentation_set(
     name: str,  # scenes, coco-mini, coco2017, camvid, ade20k or coco:NAME
     root: Path | str | None = None,  # the data root; SCSA_BOOK_DATA by default
@@ -357,6 +380,8 @@ def segmentation_set(
 ) -> SegmentationSet:
     "A set for segmentation; DataError if missing or damaged, ValueError if asked wrongly."
     f, options = facts(name), detection.scene_options(name, scenes)
+    given = {"crop": crop, "scale": scale, "distort": distort}
+    crop, scale, distort = checked(SegmentationOptions, given, "data option").values()
     own = (options.side, options.side) if name == "scenes" else f.crop
     change = JointChange(crop or own, scale or f.scale, f.mean, distort)
     few = (train_images, test_images)

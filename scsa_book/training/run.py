@@ -201,8 +201,8 @@ def fit(
     "Train a network, from its newest checkpoint if there is one."
     keep_memory()
     folder, needed = run_folder(config, execution), checkpoint_room(config, network)
-    require_room(folder, needed)
-    require_room(result_path(config, execution).parent, 2**20)
+    require_room(folder, needed, "cache_dir")
+    require_room(result_path(config, execution).parent, 2**20, "results_dir")
     world = execution.devices * execution.nodes
     counts = {"world": world, "steps": config.epoch_steps}
     steps = len(EpochDraws(len(images.train), config.batch_size, config.seed, **counts))
