@@ -113,12 +113,12 @@ def is_read_as_written(folder, file):
             assert np.array_equal(mask, masks[a["id"]])
 
 
+NUMBERS = st.lists(st.integers(-3, 30), max_size=7)
+COUNTS = st.lists(st.integers(-2, 120), max_size=4) | st.text(max_size=6)
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=4),
-    st.lists(st.integers(-3, 30), max_size=7), st.lists(st.lists(st.integers(-3, 30), max_size=7), max_size=2),
-    st.dictionaries(st.text(max_size=3), st.integers(0, 9), max_size=2),
-    st.fixed_dictionaries({"size": st.just([HEIGHT, WIDTH]), "counts": st.lists(st.integers(-2, 120), max_size=4)}),
-    st.fixed_dictionaries({"size": st.just([HEIGHT, WIDTH]), "counts": st.text(max_size=6)}),
+    NUMBERS, st.lists(NUMBERS, max_size=2), st.dictionaries(st.text(max_size=3), NUMBERS, max_size=2),
+    st.fixed_dictionaries({"size": st.just([HEIGHT, WIDTH]), "counts": COUNTS}),
 )  # fmt: skip
 
 
@@ -182,11 +182,13 @@ def test_run_lengths_are_unpacked_as_pycocotools_packs_them(counts):
 def coco(**changes):
     "A small valid file with fields of its first entries changed: images__id=3."
     square = [[1, 1, 5, 1, 5, 5, 1, 5]]
+    files = {7: "a.png", 8: "b.png"}
     content = {
         "categories": [{"id": 1, "name": "cup"}, {"id": 2, "name": "fork"}],
-        "images": [{"id": i, "file_name": f, "height": 9, "width": 12} for i, f in ((7, "a.png"), (8, "b.png"))],
+        "images": [{"id": i, "file_name": f, "height": 9, "width": 12} for i, f in files.items()],
         "annotations": [
-            {"id": n, "image_id": 7, "category_id": 1, "bbox": [1, 1, 4, 4], "segmentation": square} for n in (1, 2)
+            {"id": n, "image_id": 7, "category_id": 1, "bbox": [1, 1, 4, 4], "segmentation": square}
+            for n in (1, 2)
         ],
     }  # fmt: skip
     for key, value in changes.items():
@@ -329,10 +331,12 @@ def test_image_files_all(folder):
 
 # ---- options
 
+TEXTS = st.sampled_from(["no", "1e-3", "5e-1", "x", "96"])
+DIALS = st.sampled_from(["objects", "size", "side", "dark"])
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-5, 3000), st.floats(-2, 5), st.sampled_from(["no", "1e-3", "5e-1", "x", "96"]),
-    st.lists(st.one_of(st.integers(-1, 600), st.floats(-1, 3), st.just("2e0")), max_size=4),
-    st.dictionaries(st.sampled_from(["objects", "size", "side", "dark"]), st.floats(0, 9) | st.just("3"), max_size=2),
+    st.none(), st.booleans(), st.integers(-5, 3000), st.floats(-2, 5), TEXTS,
+    st.lists(st.one_of(st.integers(-1, 600), st.floats(-1, 3), TEXTS), max_size=4),
+    st.dictionaries(DIALS, st.floats(0, 9) | TEXTS, max_size=2),
 )  # fmt: skip
 NETWORKS = {task: TASKS[task].networks() for task in ("detect", "segment")}
 
@@ -343,12 +347,13 @@ def option_sets(draw):
     task = draw(st.sampled_from(["detect", "segment"]))
     network = draw(st.sampled_from(NETWORKS[task]))
     data = st.sampled_from(sorted(TASKS[task].data_options.model_fields))
+    own = st.sampled_from(["heads", "kernels", "shared", "gate"])
     theirs = st.sampled_from(sorted(TASKS[task].network_options(network).model_fields))
     return {
         "task": task, "network": network, "dataset": "scenes", "attention": "scsa",
         "data_options": draw(st.dictionaries(data, VALUES, max_size=2)),
         "network_options": draw(st.dictionaries(theirs, VALUES, max_size=2)),
-        "options": draw(st.dictionaries(st.sampled_from(["heads", "kernels", "shared", "gate"]), VALUES, max_size=2)),
+        "options": draw(st.dictionaries(own, VALUES, max_size=2)),
     }  # fmt: skip
 
 
@@ -417,7 +422,8 @@ def checkpoints(draw):
     if harm == "cut":
         data = data[: draw(st.integers(0, len(data) - 1))]
     elif harm == "text":
-        data = draw(st.sampled_from([b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b"{}", b"Not Found"]))
+        pointer = b"version https://git-lfs.github.com/spec/v1\n"
+        data = draw(st.sampled_from([pointer, b"<html>", b"{}", b"Not Found"]))
     return data, draw(st.sampled_from(["pth", "pt", "bin", "safetensors"])), harm != "none"
 
 
