@@ -17,9 +17,9 @@ from PIL import Image
 from pycocotools import mask as coco_masks
 
 from scsa_book.data import annotations as ann
-from scsa_book.data.images import read_picture, shown_size
+from scsa_book.data.images import read_image, shown_size
 from scsa_book.networks.weights_file import WeightsError, read_weights
-from scsa_book.places import DataError
+from scsa_book.paths import DataError
 from scsa_book.training.config import RunConfig
 from scsa_book.training.tasks import TASKS, typed_options
 
@@ -31,10 +31,10 @@ THOROUGH = settings(max_examples=20_000, **COMMON)
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("inputs")
+    folder = tmp_path_factory.mktemp("inputs")
     for name in ("a.png", "b.png", "c.png"):
-        Image.new("RGB", (12, 9)).save(place / name)
-    return place
+        Image.new("RGB", (12, 9)).save(folder / name)
+    return folder
 
 
 # ---- COCO files
@@ -103,7 +103,7 @@ def is_read_as_written(folder, file):
     order = sorted(content["categories"], key=lambda c: c["id"])
     assert half.classes == tuple(c["name"] for c in order)
     label = {c["id"]: i for i, c in enumerate(order, 1)}
-    for image, found in zip(content["images"], half.pictures, strict=True):
+    for image, found in zip(content["images"], half.images, strict=True):
         own = [a for a in content["annotations"] if a["image_id"] == image["id"]]
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in own)]
         assert found.file.name == image["file_name"] and found.boxes.tolist() == boxes
@@ -144,13 +144,13 @@ def with_one_odd_field(draw):
 def is_read_or_refused_with_its_place(folder, content):
     try:
         half = read(folder, content)
-        masks = [ann.masks_of(p) for p in half.pictures]
+        masks = [ann.masks_of(p) for p in half.images]
     except DataError as error:
         assert "file.json" in str(error) or str(folder) in error.where
         return
     ids = [image["id"] for image in content["images"]]
-    assert len(set(map(repr, ids))) == len(ids) == len({p.file for p in half.pictures})
-    for p, own in zip(half.pictures, masks, strict=True):
+    assert len(set(map(repr, ids))) == len(ids) == len({p.file for p in half.images})
+    for p, own in zip(half.images, masks, strict=True):
         assert own.shape == (len(p.labels), p.height, p.width) and set(np.unique(own)) <= {0, 1}
         assert np.isfinite(p.boxes).all() and (p.boxes[:, 2:] > p.boxes[:, :2]).all()
         assert ((p.labels >= 1) & (p.labels <= len(half.classes))).all() and np.isfinite(p.area).all()
@@ -246,9 +246,9 @@ def test_outlines_are_looked_at_only_for_masks(folder):
     content = coco(annotations__segmentation=None)
     (folder / "file.json").write_text(json.dumps(content))
     boxes = ann.read_coco(folder / "file.json", folder, "train", masks=False)
-    assert len(boxes.pictures[0].boxes) == 2
+    assert len(boxes.images[0].boxes) == 2
     with pytest.raises(DataError, match="a.png has objects without masks"):
-        ann.has_masks(read(folder, content).pictures[0])
+        ann.has_masks(read(folder, content).images[0])
 
 
 # ---- image files
@@ -309,7 +309,7 @@ def is_shown_or_refused_by_name(folder, file):
     path = folder / f"odd.{ending}"
     path.write_bytes(content)
     try:
-        image = np.asarray(read_picture(path))
+        image = np.asarray(read_image(path))
     except DataError as error:
         assert path.name in str(error) and (damaged or shown is None), error
         return
@@ -453,4 +453,4 @@ def png_with(chunk, body):
 def test_what_is_no_image_is_named(folder, name):
     (Path(folder) / name).write_bytes(png_with(b"IHDR", b"\0" * 13))
     with pytest.raises(DataError, match=f"cannot decode {name}"):
-        read_picture(Path(folder) / name)
+        read_image(Path(folder) / name)
