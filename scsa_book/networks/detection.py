@@ -11,6 +11,7 @@ __all__ = ['DETECTORS', 'Share', 'Count', 'Weight', 'Level', 'RANGES', 'ELSEWHER
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from typing import Annotated
 
@@ -247,6 +248,7 @@ RANGES = {  # of parameters whose signature does not tell it
 ELSEWHERE = ("backbone", "attention", "position", "options", "image_mean", "image_std")
 
 
+@cache
 def detector_options(name: str) -> type[Options]:
     "A model of all that `build_detector` can be told about a detector, beside backbone and attention."
     settings = detector_settings(name)

@@ -10,7 +10,7 @@ __all__ = ['LOSS_WEIGHTS', 'KINDS', 'Count', 'Share', 'RANGES', 'ELSEWHERE', 're
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, NamedTuple
 
 import torch
@@ -216,6 +216,7 @@ RANGES = {"channels": (Count, 512), "width": (Count, WIDTH), "dropout": (Share, 
 ELSEWHERE = ("backbone", "attention", "position", "options", "in_channels")
 
 
+@cache
 def segmenter_options(name: str) -> type[Options]:
     "A model of all that `build_segmenter` can be told, beside backbone and attention."
     if name not in KINDS:

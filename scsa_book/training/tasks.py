@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['AP', 'TASKS', 'HEADS', 'OFFLINE', 'CHOOSE', 'Kind', 'load_classification', 'build_classifier', 'sizes_of',
            'load_detection', 'with_attention', 'build_detection', 'load_segmentation', 'build_segmentation',
-           'typed_data', 'typed_options', 'check_weights', 'stock_weights', 'load_weights', 'build_network']
+           'typed_data', 'mechanism_options', 'typed_options', 'check_weights', 'stock_weights', 'load_weights',
+           'build_network']
 
 # %% ../../nbs/training/tasks.ipynb #562a746e
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -139,6 +141,12 @@ def typed_data(config) -> dict:
     return options
 
 # %% ../../nbs/training/tasks.ipynb #c4c3913c
+@cache
+def mechanism_options(name: str) -> type[Options]:
+    "A model of the options of a mechanism."
+    return model_of(registry.info(name).make, registry.options(name))
+
+
 def typed_options(config) -> dict[str, dict]:
     "All options of a configuration as they are meant; ValueError names the first that is wrong."
     data = typed_data(config)
@@ -147,8 +155,7 @@ def typed_options(config) -> dict[str, dict]:
     model, what = TASKS[config.task].network_options(config.network), f"option of {config.network}"
     network, mechanism = checked(model, config.network_options, what), config.options
     if config.attention:
-        options = registry.options(config.attention)
-        model = model_of(registry.info(config.attention).make, options)
+        model = mechanism_options(config.attention)
         mechanism = checked(model, mechanism, f"option of {config.attention}")
     return {"data_options": data, "network_options": network, "options": mechanism}
 
