@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import mobilenet, resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from scsa_book.networks.placement import attend, attend_modules, attentions, detach, load_stock, maps_of
+from scsa_book.networks.placement import attend, attentions, detach, maps_of
 from scsa_book.networks.sites import spots
 
 timm = pytest.importorskip("timm")
