@@ -655,7 +655,7 @@ def test_what_does_not_fit_is_named_and_nothing_loads(spoil, words):
 @pytest.mark.parametrize("given", [models.resnet18(), "resnet18.pth"])
 def test_what_is_no_state_dict(given):
     error = message(load_stock, models.resnet18(), given)
-    assert type(given).__name__ in error and "model.state_dict()" in error and "torch.load(path)" in error
+    assert type(given).__name__ in error and "model.state_dict()" in error and "read_weights(path)" in error
 
 
 def test_the_error_of_a_part_says_how_to_load_the_whole():

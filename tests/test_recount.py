@@ -1,4 +1,4 @@
-"""The recount: conventions, spellings, and every cost of the tables against independent counts."""
+"""The recount: conventions, implementations, and every cost of the tables against independent counts."""
 
 import re
 import time
@@ -220,9 +220,9 @@ def test_closed_forms_of_the_detectors(kind):
     assert tuple(found) == DETECTORS[kind]
 
 
-# ---- spellings
+# ---- implementations
 
-BARE = {  # parameters that no layer holds: channels -> how many
+BARE = {  # parameters outside of layers: channels -> number
     "sa": lambda c: 4 * (c // 128),
     "sge": lambda c: 128,
     "cat": lambda c: 8,
@@ -274,7 +274,8 @@ def test_an_implementation_adds_its_own_cost_and_no_more():
 
 
 def test_fca_pools_maps_of_another_size_than_its_cosines():
-    at = {side: macs(CountedImplementation(implementations.fca), (512, side, side), TRACE) for side in (28, 56)}
+    fca = CountedImplementation(implementations.fca)
+    at = {side: macs(fca, (512, side, side), TRACE) for side in (28, 56)}
     assert at == {28: 2 * 512 * 32, 56: 2 * 512 * 32 + 512 * 56 * 56}
 
 
@@ -441,7 +442,7 @@ def test_flops_as_with_the_authors_modules(name, giga):
     assert abs(Decimal(entry.count) / unit - Decimal(giga)) <= last * Decimal("0.6")
 
 
-# ---- what was fitted
+# ---- fitted quantities
 
 
 def with_form(pattern, cell, **changes):
@@ -544,12 +545,13 @@ def test_networks_are_built_without_weights():
 
 
 def test_matrix_work_alone_does_not_depend_on_how_a_mean_is_written():
-    by_layer, by_function = (CountedImplementation(partial(implementations.se, pools=p)) for p in ((AVERAGE,), ()))
+    written = (partial(implementations.se, pools=p) for p in ((AVERAGE,), ()))
+    by_layer, by_function = map(CountedImplementation, written)
     assert macs(by_layer, (64, 9, 9), MATRIX) == macs(by_function, (64, 9, 9), MATRIX) == 2 * 64 * 4
     assert registry.create("se", 64, bias=False).reduce.weight.numel() == 64 * 4
 
 
-# ---- what is kept
+# ---- the cache
 
 
 def test_every_cost_is_kept_and_nothing_else():
@@ -584,7 +586,7 @@ def test_changes_are_named():
     other = replace(stored[name], count=28_071_976, status="differs")
     [line] = ledger.changes(stored, {name: other})
     assert line == f"{name}: count 28073864 is now 28071976, status equal is now differs"
-    assert ledger.changes({}, {name: other}) == [f"{name}: not kept yet, differs"]
+    assert ledger.changes({}, {name: other}) == [f"{name}: not cached yet, differs"]
 
 
 def test_what_is_written_is_read(tmp_path, monkeypatch):
