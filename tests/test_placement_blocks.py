@@ -1,4 +1,4 @@
-"""The written blocks against the stock ones, layers that hold attention, names of 0.1.0, and the way back."""
+"""The written blocks against the stock ones, layers that hold attention, names of 0.1.0, and detaching."""
 
 import copy
 import warnings
@@ -23,7 +23,7 @@ from scsa_book.networks.build import build
 from scsa_book.networks.detection import build_detector
 from scsa_book.networks.placement import attend, attend_modules, attentions, detach, load_stock, maps_of
 from scsa_book.networks.segmentation import build_segmenter
-from scsa_book.networks.sites import positions, spots
+from scsa_book.networks.sites import positions, placements
 from scsa_book.networks.small import small_resnet
 
 timm = pytest.importorskip("timm")
@@ -342,21 +342,29 @@ def test_hooks_of_the_user_see_the_map_before_and_after():
     assert torch.equal(network.layer1[0].attention.after_conv2(before), after)
 
 
-def test_saliency_tools_see_the_map_that_the_network_uses():
-    cam = pytest.importorskip("pytorch_grad_cam")
-    attr = pytest.importorskip("captum.attr")
+def gradcam():
+    "An attended network, its last attention, the map that left it, and Grad-CAM of class 2 by its formula."
     network = attend(small(), "eca", position="before_add")
-    layer = network.layer3[0].attention.after_conv2
-    seen = {}
+    layer, seen = network.layer3[0].attention.after_conv2, {}
     layer.register_forward_hook(lambda m, a, y: seen.update(y=y) or y.register_hook(lambda g: seen.update(g=g)))
-    logits = network(IMAGE)
-    logits[:, 2].sum().backward()
-    gradcam = (seen["y"] * seen["g"].mean((2, 3), keepdim=True)).sum(1).relu().detach()
-    by_captum = attr.LayerGradCam(network, layer).attribute(IMAGE, target=2, relu_attributions=True)
-    assert torch.allclose(by_captum[:, 0], gradcam, atol=1e-5)
+    network(IMAGE)[:, 2].sum().backward()
+    weights = seen["g"].mean((2, 3), keepdim=True)
+    return network, layer, seen["y"].detach(), (seen["y"] * weights).sum(1).relu().detach()
+
+
+def test_captum_sees_the_map_that_the_network_uses():
+    attr = pytest.importorskip("captum.attr")
+    network, layer, _, expected = gradcam()
+    found = attr.LayerGradCam(network, layer).attribute(IMAGE, target=2, relu_attributions=True)
+    assert torch.allclose(found[:, 0], expected, atol=1e-5)
+
+
+def test_grad_cam_sees_the_map_that_the_network_uses():
+    cam = pytest.importorskip("pytorch_grad_cam")
+    network, layer, expected, _ = gradcam()
     with cam.GradCAM(model=network, target_layers=[layer]) as tool:
         tool(input_tensor=IMAGE)
-        assert torch.allclose(tool.activations_and_grads.activations[0], seen["y"], atol=1e-5)
+        assert torch.allclose(tool.activations_and_grads.activations[0], expected, atol=1e-5)
 
 
 # ---- names of 0.1.0 ----
@@ -385,7 +393,7 @@ def test_states_of_the_first_version_load(make, name, position):
     "It kept attention as a child of the layer it stood at: `layer1.0.bn2.attention.reduce.weight`."
     torch.manual_seed(0)
     network = attend(FIRST[make](), name, position=position)
-    found = spots(FIRST[make](), position)
+    found = placements(FIRST[make](), position)
     old, new = network.state_dict(), {}
     for host, placed in zip(found, attentions(network), strict=True):
         for key in [k for k in old if k.startswith(f"{placed}.")]:
@@ -430,15 +438,15 @@ def test_replaced_layers_come_back():
 
 
 def test_initial_gain_is_a_factor_behind_the_mechanism_and_no_state():
-    for place in (
+    for attending in (
         lambda n, **gain: attend(n, "se", position="before_add", **gain),
         lambda n, **gain: attend(n, "se", position="before_last_conv", **gain),
         lambda n, **gain: attend_modules(n, "layer?.0.conv1", "se", **gain),
     ):
         torch.manual_seed(0)
-        one = place(small())
+        one = attending(small())
         torch.manual_seed(0)
-        seven = place(small(), initial_gain=7)
+        seven = attending(small(), initial_gain=7)
         assert list(one.state_dict()) == list(seven.state_dict())
         placed = list(attentions(one).values()), list(attentions(seven).values())
         assert all(a.initial_gain == 1 and b.initial_gain == 7 for a, b in zip(*placed, strict=True))

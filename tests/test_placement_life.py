@@ -20,7 +20,7 @@ from torchvision.models import mobilenet, resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from scsa_book.networks.placement import attend, attentions, detach, maps_of
-from scsa_book.networks.sites import spots
+from scsa_book.networks.sites import placements
 
 timm = pytest.importorskip("timm")
 
@@ -65,11 +65,11 @@ def built(trunk, name):
 
 def hooked(plain, network, name):
     "The plain network, with hooks that call the attention of the other: right while nothing happens to it."
-    found = spots(built_like(plain), MECHANISMS[name]["position"])
+    found = placements(built_like(plain), MECHANISMS[name]["position"])
     placed = copy.deepcopy(list(attentions(network).values()))
-    for (host, spot), attention in zip(found.items(), placed, strict=True):
+    for (host, placement), attention in zip(found.items(), placed, strict=True):
         layer = plain.get_submodule(host)
-        if spot.side == "before":
+        if placement.side == "before":
             layer.register_forward_pre_hook(lambda m, args, a=attention: (a(args[0]),))
         else:
             layer.register_forward_hook(lambda m, args, out, a=attention: a(out))
@@ -82,7 +82,8 @@ def built_like(plain):
 
 
 def equal(y, expected, tolerance=1e-6):
-    return torch.allclose(y, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    scale = float(expected.detach().abs().max())
+    return torch.allclose(y, expected, rtol=tolerance, atol=tolerance * scale)
 
 
 @pytest.fixture(params=CASES, ids="-".join)
@@ -212,12 +213,12 @@ def test_scripts_are_refused_with_another_way(case):
 
 def test_copies_share_nothing(case):
     _, network, _, expected = case
-    twin = copy.deepcopy(network)
-    for module in attentions(twin).values():
+    duplicate = copy.deepcopy(network)
+    for module in attentions(duplicate).values():
         for p in module.parameters():
             p.data.fill_(3.0)
     with torch.no_grad():
-        assert not equal(twin(X), expected, 1e-3) and equal(network(X), expected)
+        assert not equal(duplicate(X), expected, 1e-3) and equal(network(X), expected)
 
 
 # ---- converted ----
@@ -329,9 +330,9 @@ def test_adapters_of_peft(case):
 def test_functional_call_takes_the_given_values(case):
     _, network, _, _ = case
     other = {k: v * 0.9 if v.is_floating_point() else v for k, v in network.state_dict().items()}
-    twin = copy.deepcopy(network)
-    twin.load_state_dict(other)
-    assert equal(torch.func.functional_call(network, other, (X,)), twin(X))
+    duplicate = copy.deepcopy(network)
+    duplicate.load_state_dict(other)
+    assert equal(torch.func.functional_call(network, other, (X,)), duplicate(X))
 
 
 @torch.no_grad()
