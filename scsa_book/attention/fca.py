@@ -72,7 +72,7 @@ def pooling_matrix(
 
 # %% ../../nbs/channel/fca.ipynb #70d352b9
 def read_old_state(basis: nn.Module, state: dict, prefix: str, *_) -> None:
-    "Before a state is loaded: version 0.1.0 called the buffer `basis`."
+    "Before a state is loaded: version 0.1.0 called the buffer `waves`."
     if f"{prefix}waves" in state:
         state[f"{prefix}basis"] = state.pop(f"{prefix}waves")
 

@@ -192,7 +192,7 @@ class Side(BaseModel):
     training: Spread  # forward and backward
     forward_peak: int
     training_peak: int
-    # between forward and backward, beside input and output; in results of version 0.1.0 `saved_for_backward`
+    # between forward and backward, beside input and output; `kept` in results of version 0.1.0
     saved_for_backward: int = Field(validation_alias=AliasChoices("saved_for_backward", "kept"))
 
 

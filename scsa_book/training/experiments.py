@@ -35,8 +35,8 @@ class Scale(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # of what the runs say; None: the preset's own. Version 0.1.0 called it `overrides`.
-    overrides: dict[str, Any] = Field({}, validation_alias=AliasChoices("overrides", "overrides"))
+    # of what the runs say; None: the preset's own. Version 0.1.0 called it `instead`.
+    overrides: dict[str, Any] = Field({}, validation_alias=AliasChoices("overrides", "instead"))
     options: Options = {}
 
 # %% ../../nbs/training/experiments.ipynb #d3b511b6
