@@ -1,4 +1,4 @@
-"""The recount: conventions, spellings, and every cost of the tables against independent counts."""
+"""The recount: conventions, implementations, and every cost of the tables against independent counts."""
 
 import re
 import time
@@ -220,9 +220,9 @@ def test_closed_forms_of_the_detectors(kind):
     assert tuple(found) == DETECTORS[kind]
 
 
-# ---- spellings
+# ---- implementations
 
-BARE = {  # parameters that no layer holds: channels -> how many
+BARE = {  # parameters outside of layers: channels -> number
     "sa": lambda c: 4 * (c // 128),
     "sge": lambda c: 128,
     "cat": lambda c: 8,
@@ -442,7 +442,7 @@ def test_flops_as_with_the_authors_modules(name, giga):
     assert abs(Decimal(entry.count) / unit - Decimal(giga)) <= last * Decimal("0.6")
 
 
-# ---- what was fitted
+# ---- fitted quantities
 
 
 def with_form(pattern, cell, **changes):
@@ -551,7 +551,7 @@ def test_matrix_work_alone_does_not_depend_on_how_a_mean_is_written():
     assert registry.create("se", 64, bias=False).reduce.weight.numel() == 64 * 4
 
 
-# ---- what is kept
+# ---- the cache
 
 
 def test_every_cost_is_kept_and_nothing_else():
@@ -586,7 +586,7 @@ def test_changes_are_named():
     other = replace(stored[name], count=28_071_976, status="differs")
     [line] = ledger.changes(stored, {name: other})
     assert line == f"{name}: count 28073864 is now 28071976, status equal is now differs"
-    assert ledger.changes({}, {name: other}) == [f"{name}: not kept yet, differs"]
+    assert ledger.changes({}, {name: other}) == [f"{name}: not cached yet, differs"]
 
 
 def test_what_is_written_is_read(tmp_path, monkeypatch):

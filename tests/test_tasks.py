@@ -1,4 +1,4 @@
-"""Detection and segmentation are runs like any other: they learn, repeat, resume, and say what they are."""
+"""Runs of detection and segmentation: they learn, are reproducible, resume, and have complete results."""
 
 import os
 import signal
@@ -133,7 +133,7 @@ def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(task,
 
 @pytest.fixture
 def birds(tmp_path):
-    "A data root with pictures of two classes in files of their own."
+    "A data root with images of two classes in files of their own."
     generator = torch.Generator().manual_seed(0)
     for half, bird, number in product(("train", "val"), ("finch", "wren"), range(6)):
         file = tmp_path / "data" / "birds" / half / bird / f"{number}.png"
@@ -199,7 +199,7 @@ def test_a_backbone_begins_with_the_weights_of_a_file(tmp_path):
 
 
 def test_weights_that_are_not_there_are_said():
-    with pytest.raises(ValueError, match="'nowhere.pth' is no file, and not 'imagenet'"):
+    with pytest.raises(ValueError, match="'nowhere.pth' is neither a file nor 'imagenet'"):
         stock_weights("resnet18", "nowhere.pth")
     with pytest.raises(ValueError, match="torchvision has none for resnet8"):
         stock_weights("resnet8", "imagenet")

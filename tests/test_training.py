@@ -1,4 +1,4 @@
-"""Configuration, training and results: what is promised of a run holds when it is disturbed."""
+"""Configuration, training and results: guarantees of a run, also when it is interrupted."""
 
 import errno
 import json
@@ -93,7 +93,7 @@ def metrics(done):
         ({"task": "detect", "network_options": {"widht": 9}}, "'widht'"),
         ({"task": "segment", "backbone": "resnet9"}, "unknown network 'resnet9'"),
         ({"task": "segment", "attention": "se", "position": "nowhere"}, "no position 'nowhere'"),
-        ({"backbone": "resnet18"}, "backbone and network_options belong to detectors"),
+        ({"backbone": "resnet18"}, "backbone and network_options are for detectors"),
         ({"data_options": {"augment": "flip"}}, "unknown data option of the task classify 'augment'"),
         ({"options": {"reduction": 4}}, "options are given, but no attention"),
         ({"position": "after_conv2"}, "a position is given, but no attention"),
@@ -157,7 +157,7 @@ def test_recipes_that_count_steps():
 
 
 def test_ids_never_change():
-    # Results are kept under these names: whoever has to change this test renames every result.
+    # Results are stored under these names: a change of this test renames every result.
     assert RunConfig().id == "fashion-mnist_resnet8_baseline_seed0_44136fa3"
     full = RunConfig(
         dataset="folder:birds", network="resnet50", attention="cbam", position="before_add",
@@ -444,7 +444,7 @@ def test_a_run_that_was_interrupted_by_hand_has_no_result(where, monkeypatch):
     assert not list(where.results_dir.rglob("*.json"))
 
 
-# ---- one at a time
+# ---- one process at a time
 
 
 def test_a_second_process_is_refused(where):
@@ -457,7 +457,7 @@ def test_a_second_process_is_refused(where):
     assert not list(folder.glob("*.ckpt"))
 
 
-# ---- a loss that is no number
+# ---- a loss that is not finite
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(where):
@@ -505,7 +505,7 @@ def test_a_result_is_written_whole_or_not_at_all(where, monkeypatch):
 def test_too_little_space_is_noticed_before_training(where, monkeypatch):
     monkeypatch.setattr(result, "free_bytes", lambda folder: 1000)
     monkeypatch.setattr(run.L.Trainer, "fit", lambda *a, **k: pytest.fail("it trained"))
-    with pytest.raises(DiskError, match=r"not enough room.*bytes needed, 1,000 free"):
+    with pytest.raises(DiskError, match=r"not enough space.*bytes needed, 1,000 free"):
         train(tiny(), where)
 
 

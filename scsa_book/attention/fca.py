@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
-from .fast import as_written
-from ..pooling import is_channels_last
+from ..operators.frequency import pattern_sums
 
 # %% ../../nbs/channel/fca.ipynb #c35c5f41
 def cosines(
@@ -72,7 +71,7 @@ def pooling_matrix(
 
 # %% ../../nbs/channel/fca.ipynb #70d352b9
 def read_old_state(basis: nn.Module, state: dict, prefix: str, *_) -> None:
-    "Before a state dict is loaded: version 0.1.0 called the buffer `waves`."
+    "Before a state is loaded: version 0.1.0 called the buffer `waves`."
     if f"{prefix}waves" in state:
         state[f"{prefix}basis"] = state.pop(f"{prefix}waves")
 
@@ -160,11 +159,7 @@ def coefficients(
 ) -> Tensor:  # (B, C)
     "Every channel's coefficient for the pattern of its group."
     patterns = (rows[:, :, None] * columns[:, None, :]).to(x.dtype)
-    groups = x.unflatten(1, (len(patterns), x.shape[1] // len(patterns)))
-    if x.requires_grad or as_written(x) or is_channels_last(x):
-        return (groups * patterns[:, None]).sum((-2, -1)).flatten(1)
-    each = patterns.flatten(1).repeat(len(x), 1)[:, None]
-    return (each @ groups.flatten(3).flatten(0, 1).mT).view(x.shape[:2])
+    return pattern_sums(x, patterns)
 
 # %% ../../nbs/channel/fca.ipynb #ecaea3b3
 class FCA(Attention):

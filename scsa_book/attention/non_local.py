@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry
 from .base import check_choice, check_positive
-from ..pooling import window_maximum
+from ..operators.pooling import window_maximum
 
 # %% ../../nbs/spatial/non-local.ipynb #d5206c8d
 def tokens(

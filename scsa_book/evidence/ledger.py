@@ -31,7 +31,7 @@ from ..training.result import RunResult, all_results, write_atomic
 # %% ../../nbs/evidence/ledger.ipynb #9909e5a9
 @dataclass(frozen=True)
 class Verdict:
-    "The result of holding an exact value against a printed one."
+    "The result of comparing an exact value with a printed one."
 
     status: str  # equal or differs
     twice: bool = False  # equal only after rounding to one more digit first
@@ -60,7 +60,7 @@ class Recounted:
     count: int  # parameters, or multiply-accumulates
     status: str  # equal or differs
     twice: bool  # equal only when rounded twice
-    fitted: bool  # the count holds a quantity that neither a text nor released code shows
+    fitted: bool  # the count includes a quantity that is in no text or released code
 
 # %% ../../nbs/evidence/ledger.ipynb #6f221e9e
 def recounted(cell: Cell) -> Recounted:
@@ -76,7 +76,7 @@ STORED = Path(recount.__file__).with_name("verdicts.csv")
 
 @cache
 def stored() -> dict[str, Recounted]:
-    "The recount that is kept, by place."
+    "The cached recount, by key of the cell."
     lines = csv.DictReader(STORED.read_text("utf-8").splitlines())
     flags = ("twice", "fitted")
     found = [{**line, **{f: line[f] == "True" for f in flags}} for line in lines]
@@ -91,8 +91,8 @@ def costs(**filters: str) -> list[Cell]:
 # %% ../../nbs/evidence/ledger.ipynb #d7c059f8
 def recount_all(
     wanted: Iterable[Cell],
-    show: Callable[[Recounted], object] = lambda _: None,  # hears each one when it is counted
-) -> dict[str, Recounted]:  # by place
+    show: Callable[[Recounted], object] = lambda _: None,  # called with each one
+) -> dict[str, Recounted]:  # by key of the cell
     "Count these costs again, now."
     found = {}
     for cell in wanted:
@@ -105,11 +105,11 @@ def changes(
     old: dict[str, Recounted],
     new: dict[str, Recounted],
 ) -> list[str]:
-    "What is different, a line each; a cell of `old` that is not in `new` was not counted."
+    "The differences, one line each; a cell of `old` that is not in `new` was not counted."
     lines = []
     for name, entry in new.items():
         if name not in old:
-            lines.append(f"{name}: not kept yet, {entry.status}")
+            lines.append(f"{name}: not cached yet, {entry.status}")
         elif (was := old[name]) != entry:
             pairs = zip(asdict(was).items(), asdict(entry).values(), strict=True)
             parts = [f"{key} {a} is now {b}" for (key, a), b in pairs if a != b]
@@ -118,7 +118,7 @@ def changes(
 
 # %% ../../nbs/evidence/ledger.ipynb #90749479
 def write(entries: dict[str, Recounted]) -> Path:
-    "Keep a recount: the file is written whole or not at all."
+    "Cache a recount: the file is written completely or not at all."
     text = io.StringIO()
     columns = [f.name for f in fields(Recounted)]
     lines = csv.DictWriter(text, columns, lineterminator="\n")
@@ -127,7 +127,7 @@ def write(entries: dict[str, Recounted]) -> Path:
     return write_atomic(STORED, text.getvalue())
 
 # %% ../../nbs/evidence/ledger.ipynb #e2bf9ee8
-# status -> word on the page, dress of the theme
+# status -> word on the page, style of the theme
 STATUSES = {
     "equal": ("matches", "matches"),
     "differs": ("differs", "differs"),
@@ -138,7 +138,7 @@ STATUSES = {
 # %% ../../nbs/evidence/ledger.ipynb #17c6531d
 @dataclass(frozen=True)
 class Row:
-    "One published number and what we can say about it."
+    "One published number and its comparison with ours."
 
     cell: Cell
     status: str  # key of `STATUSES`
@@ -147,7 +147,7 @@ class Row:
     note: str = ""
     see: str = ""  # page that explains it, relative to nbs/
     twice: bool = False  # equal only when rounded twice
-    fitted: bool = False  # ours holds a quantity that neither a text nor released code shows
+    fitted: bool = False  # ours includes a quantity that is in no text or released code
 
     def badge(self) -> Html:
         "The status as the pages show it."
@@ -155,7 +155,7 @@ class Row:
 
 # %% ../../nbs/evidence/ledger.ipynb #575509b5
 def explained(entry: Recounted, exact: Decimal, shown: str) -> Reason:
-    "What a row says beside its verdict."
+    "The note of a row beside its verdict."
     if entry.status == "differs":
         return REASONS.get(entry.key, Reason("No explanation yet.", ""))
     if entry.twice:
@@ -166,10 +166,10 @@ def explained(entry: Recounted, exact: Decimal, shown: str) -> Reason:
     return Reason("", "")
 
 # %% ../../nbs/evidence/ledger.ipynb #3fbfe808
-FITTED = {  # source -> what neither a text nor released code shows
+FITTED = {  # source -> the quantity that is in no text or released code
     "scsa": Reason("Fitted: the sizes of the images.", "evidence/recount.ipynb#sec-mix"),
     "sanet": Reason("Fitted: an extra norm.", "evidence/recount.ipynb#sec-extra-norm"),
-    "cat": Reason("Fitted: three maps, stacked.", "evidence/recount.ipynb#sec-three-maps"),
+    "cat": Reason("Fitted: three maps, concatenated.", "evidence/recount.ipynb#sec-three-maps"),
 }
 
 
@@ -177,7 +177,7 @@ def computed(cell: Cell) -> Row:
     "The row of a cost."
     entry = stored().get(cell_key(cell))
     if entry is None:
-        return Row(cell, "unmeasured", note="Not kept yet: scsa-book ledger --write counts it.")
+        return Row(cell, "unmeasured", note="Not cached yet: scsa-book ledger --write counts it.")
     exact = Decimal(entry.count) / recount.unit(cell)
     ours = f"{exact:.{cell.decimals + 1}f}"
     why = explained(entry, exact, ours)
@@ -187,7 +187,7 @@ def computed(cell: Cell) -> Row:
 # %% ../../nbs/evidence/ledger.ipynb #4f3cd19a
 @dataclass(frozen=True)
 class Experiment:
-    "Finished runs that differ in nothing but the seed."
+    "Finished runs that differ only in the seed."
 
     runs: tuple[RunResult, ...]
 
@@ -208,7 +208,7 @@ class Experiment:
 def experiments(
     results: Iterable[RunResult] | None = None,  # None: those in nbs/results of the book
 ) -> list[Experiment]:
-    "Finished runs, gathered by everything but the seed; none outside of the book."
+    "Finished runs, grouped by everything but the seed; none outside of the book."
     groups: dict[str, list[RunResult]] = {}
     try:
         for result in all_results() if results is None else results:
@@ -227,7 +227,7 @@ def without_attention(experiment: Experiment) -> str:
 def comparable(
     found: Iterable[Experiment],
 ) -> dict[str, Experiment]:  # mechanism or "baseline" -> experiment, in the order of the book
-    "The most runs that differ in nothing but mechanism and seed, each placed by its default."
+    "The largest group of runs that differ only in mechanism and seed, at default positions."
     groups: dict[str, dict[str, Experiment]] = {}
     for experiment in found:
         config = experiment.config
@@ -239,13 +239,13 @@ def comparable(
 
 # %% ../../nbs/evidence/ledger.ipynb #33f17e8a
 def size(experiment: Experiment) -> tuple[bool, int, int]:
-    "Whether pictures were taken and not composed, training pictures times epochs, and runs."
+    "Whether images are photographs, training images times epochs, and number of runs."
     config, runs = experiment.config, experiment.runs
     return config.dataset != "scenes", runs[0].data.train_images * config.epochs, len(runs)
 
 # %% ../../nbs/evidence/ledger.ipynb #ddbf91e9
 def stands_for(config: RunConfig, cell: Cell, given: Mapping) -> bool:
-    "Whether a run is of the kind of a cell; `given` is what `planned` gives to the run of the cell."
+    "Whether a run is of the kind of a cell; `given`: the parameters of the cell's planned run."
     name, options = config.attention or "none", given.get("options", {})
     if (config.task, name) != (given["task"], given["attention"]):
         return False
@@ -258,7 +258,7 @@ def stands_for(config: RunConfig, cell: Cell, given: Mapping) -> bool:
 
 # %% ../../nbs/evidence/ledger.ipynb #14606e58
 def of_its_kind(cell: Cell, found: Iterable[Experiment]) -> list[Experiment]:
-    "Experiments with the mechanism of a cell in its own form or the table's, measured alike."
+    "Experiments with the mechanism of a cell, in its default form or the table's."
     if (given := planned(cell)) is None:
         return []
     mine = [e for e in found if e.by_seed(metric_of(cell))]
@@ -291,7 +291,7 @@ def same_scale(cell: Cell, experiment: Experiment) -> bool:
     if config.paper != cell.source or where != setting(cell):
         return False
     entry = stored().get(cell_key(replace(cell, metric="params_M")))
-    if entry is None or cell.framework:  # tools leave out what is frozen, or helps in training
+    if entry is None or cell.framework:  # tools leave out frozen parts and auxiliary heads
         return config.options == planned(cell).get("options", {})
     return experiment.runs[0].parameters == entry.count
 
@@ -322,7 +322,7 @@ WAITING = {
 
 # %% ../../nbs/evidence/ledger.ipynb #59097ae8
 def row(cell: Cell, found: Iterable[Experiment]) -> Row:
-    "What can be said about a cell, given the experiments that have finished."
+    "The row of a cell, given the experiments that have finished."
     sort = METRICS[cell.metric].sort
     if sort == "cost":
         return computed(cell)

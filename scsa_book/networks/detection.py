@@ -83,14 +83,14 @@ def check_targets(
         if masks:
             _check_masks(i, target, image)
     boxes, labels = (torch.cat([t[key] for t in targets]) for key in ("boxes", "labels"))
-    # one look at all values: on a GPU each look waits for it
+    # one check of all values: on a GPU each read synchronises
     if bool(_wrong_boxes(boxes).any() | _wrong_labels(labels, classes).any()):
         for i, target in enumerate(targets):
             _check_values(i, target, classes)
 
 # %% ../../nbs/networks/detection.ipynb #24a4de53
 class Checked:
-    "Before one of torchvision's detectors: wrong targets are named before anything is computed."
+    "Mix-in for torchvision's detectors: wrong targets are named before anything is computed."
 
     classes: int  # objects, without the background
     masks = False
@@ -114,13 +114,13 @@ class MaskRCNN(Checked, detection.MaskRCNN):
 
 
 class CascadeRCNN(Checked, detection.FasterRCNN):
-    "Cai and Vasconcelos, CVPR 2018: Faster R-CNN with three heads in a row."
+    "Cai and Vasconcelos, CVPR 2018: Faster R-CNN with three heads in sequence."
 
 # %% ../../nbs/networks/detection.ipynb #95875b9d
 class RetinaNet(Checked, detection.RetinaNet):
-    "Lin et al., ICCV 2017: classes and boxes straight from the anchors. Labels begin with 1."
+    "Lin et al., ICCV 2017: classes and boxes directly from the anchors. Labels begin with 1."
 
-    unscored = 0  # 1: there is no score for the background, and the first is that of label 1
+    unscored = 0  # 1: there is no logit for the background, and the first is that of label 1
 
     def compute_loss(self, targets, head_outputs, anchors):
         targets = [{**t, "labels": t["labels"] - self.unscored} for t in targets]
@@ -133,7 +133,7 @@ class RetinaNet(Checked, detection.RetinaNet):
 # %% ../../nbs/networks/detection.ipynb #3f731e6f
 @dataclass(frozen=True)
 class Plan:
-    "What the heads of a detector are made from."
+    "The specification of a detector's heads."
 
     pyramid: Pyramid
     classes: int  # without the background
@@ -146,7 +146,7 @@ class Plan:
         return region_pool(self.pyramid.strides[: self.pyramid.levels], size, self.scale)
 
     def regions(self) -> dict:
-        "The parts of Faster R-CNN up to its regions, with all settings."
+        "The arguments of Faster R-CNN up to its regions, with all settings."
         proposing = anchors(self.pyramid.strides, self.scale)
         parts = {"rpn_anchor_generator": proposing, "box_roi_pool": self.pool(7)}
         return {"backbone": self.pyramid, **parts, **self.settings}
@@ -159,7 +159,7 @@ class Plan:
         return {"box_head": layers, "box_predictor": predictor}
 
     def masks(self) -> dict:
-        "The head that Mask R-CNN has besides."
+        "The mask head of Mask R-CNN."
         channels = self.pyramid.out_channels
         layers = MaskRCNNHeads(channels, (channels,) * 4, 1)
         predictor = MaskPredictor(channels, self.classes, self.layout.background)
@@ -199,7 +199,7 @@ class Kind:
     base: type[nn.Module]  # torchvision's class, whose settings it takes
     scale: int = 8  # side of an anchor in strides, unless asked otherwise
     first: int = 1  # the first stage that gets a level
-    own: tuple[str, ...] = ()  # settings of the base that it has its own values for
+    own: tuple[str, ...] = ()  # settings of the base that are fixed here
 
 
 DETECTORS = {
@@ -220,11 +220,11 @@ def detector_names() -> list[str]:
 
 # %% ../../nbs/networks/detection.ipynb #03d415a5
 def detector_settings(name: str) -> list[str]:
-    "What torchvision's class of a detector can be told beside what `build_detector` tells it."
+    "The arguments of torchvision's class that `build_detector` does not set itself."
     if name not in DETECTORS:
         raise registry.unknown("detector", name, DETECTORS)
     kind = DETECTORS[name]
-    plain = (int, float)  # the others are modules, and sizes that have arguments of their own
+    plain = (int, float)  # the others are modules, or sizes that have arguments of their own
     known = inspect.signature(kind.base).parameters.values()
     names = [p.name for p in known if isinstance(p.default, plain) or p.name == "bbox_reg_weights"]
     return [n for n in names if n not in ("min_size", "max_size", *kind.own)]
@@ -241,7 +241,7 @@ def _check_images(min_size, max_size: int, mean: Sequence, std: Sequence, stride
     shortest = min(sizes)
     if shortest < 2 * stride:
         raise ValueError(
-            f"min_size={min_size!r}: the coarsest stage has one place every {stride} pixels, so "
+            f"min_size={min_size!r}: the coarsest stage has one position every {stride} pixels, so "
             f"images need at least {2 * stride} pixels on their short side"
         )
     if max_size < shortest:
@@ -251,19 +251,19 @@ def _check_images(min_size, max_size: int, mean: Sequence, std: Sequence, stride
 
 # %% ../../nbs/networks/detection.ipynb #8c857855
 def box_heads(detector: nn.Module) -> list[nn.Module]:
-    "The heads of a detector of two stages in their order: one, or the three of a cascade."
+    "The box heads of a two-stage detector in order: one, or the three of a cascade."
     return list(getattr(detector.roi_heads, "stages", [detector.roi_heads]))
 
 
 def _predictors(detector: nn.Module) -> list[nn.Module]:
-    "Convolutional heads first; what comes out of all of them becomes boxes."
+    "The modules whose outputs become boxes, convolutional heads first."
     if isinstance(detector, detection.RetinaNet):
         return [detector.head]
     return [detector.rpn.head, *(head.box_predictor for head in box_heads(detector))]
 
 # %% ../../nbs/networks/detection.ipynb #b5d346be
 def _in_full(module: nn.Module, args: tuple, output):
-    "A hook: tensors of half precision as 32 bits, in whatever they are packed."
+    "A forward hook: casts half-precision tensors to 32 bits, in any nesting."
     if isinstance(output, Mapping):
         return {key: _in_full(module, args, value) for key, value in output.items()}
     if isinstance(output, list | tuple):
@@ -272,7 +272,7 @@ def _in_full(module: nn.Module, args: tuple, output):
 
 # %% ../../nbs/networks/detection.ipynb #1ee92187
 def _finish(detector: nn.Module, classes: int) -> nn.Module:
-    "What torchvision's classes have no argument for."
+    "Apply the settings that torchvision's classes have no argument for."
     detector.classes = classes
     predictors = _predictors(detector)
     rescale_init(predictors[0], detector.backbone.out_channels)
@@ -342,8 +342,8 @@ def dense(
     x: Tensor,  # (B, C, H, W): images as the backbone gets them
     proposals: int = 1000,  # regions for the box heads
     mask_rois: int = 100,  # regions for the mask head, if there is one
-) -> dict[str, object]:  # what each part gives
-    "All layers on maps and regions of given number, without choosing boxes; any device."
+) -> dict[str, object]:  # the outputs of each part
+    "All layers on maps and a given number of regions, without selecting boxes; any device."
     levels = detector.backbone(x)
     found = {"levels": levels}
     if isinstance(detector, detection.RetinaNet):
