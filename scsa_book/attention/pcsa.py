@@ -24,7 +24,7 @@ POOLS = {"average": window_average, "maximum": window_maximum}
 
 # %% ../../nbs/synergy/pcsa.ipynb #f9f5ee5e
 class Recombination(nn.Conv2d):
-    """Each window as one learned mixture of all its places and channels.
+    """Each window as one learned combination of all its positions and channels.
 
     (B, C, H, W) -> (B, C, H // w, W // w). Ours: the authors name it, their code lacks it.
     Raises `ValueError` for a window of `None`, and for a map smaller than the window.
@@ -33,8 +33,8 @@ class Recombination(nn.Conv2d):
     def __init__(self, channels: int, window: int | None, **kw):
         if window is None:
             raise ValueError(
-                "PCSA: pool='recombination' has a weight for each place of a window and "
-                "cannot take the whole of any map; give a window, 7 in the paper"
+                "PCSA: pool='recombination' has a weight for each position of a window and "
+                "needs a fixed size; give a window, 7 in the paper"
             )
         super().__init__(channels, channels, window, stride=window, bias=False, **kw)
 
@@ -43,7 +43,7 @@ class Recombination(nn.Conv2d):
         if h < window or w < window:
             raise ValueError(
                 f"PCSA: pool='recombination' has weights for windows of {window}x{window} "
-                f"places, got a map of {h}x{w}; take window={min(h, w)} or less, "
+                f"positions, got a map of {h}x{w}; take window={min(h, w)} or less, "
                 "or pool='average'"
             )
         return super().forward(x)
@@ -55,7 +55,7 @@ def window_pool(
     window: int | None,  # w in places; None: the whole map
     **kw,  # device, dtype
 ) -> Callable[[Tensor], Tensor]:  # (B, C, H, W) -> (B, C, H', W')
-    "What makes a window one place."
+    "The pooling of windows."
     if pool == "recombination":
         return Recombination(channels, window, **kw)
     return partial(POOLS[pool], window=window)
@@ -80,7 +80,7 @@ def check_attention(channels: int, heads: int, dropout: float) -> None:
 
 # %% ../../nbs/synergy/pcsa.ipynb #6aa03d8d
 class Heads(Attention):
-    "Channels dealt out to heads and collected again."
+    "Splits channels into heads and joins them again."
 
     heads: int
     shuffle: bool
