@@ -21,7 +21,7 @@ from ..attention import registry
 class Fact:
     "Facts about a mechanism that are not in the registry."
 
-    place: str  # its authors' position
+    placement: str  # its authors' position
     parameters: str  # formula in C, H, W and the letters of `where`, at default options
     macs: str  # formula of the multiply-accumulates
     where: Mapping[str, str] = field(default_factory=dict)  # letter -> its formula
