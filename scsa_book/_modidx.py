@@ -360,6 +360,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'scsa_book.attention.fca.pairs_of': ('channel/fca.html#pairs_of', 'scsa_book/attention/fca.py'),
                                          'scsa_book.attention.fca.pooling_matrix': ( 'channel/fca.html#pooling_matrix',
                                                                                      'scsa_book/attention/fca.py'),
+                                         'scsa_book.attention.fca.read_old_state': ( 'channel/fca.html#read_old_state',
+                                                                                     'scsa_book/attention/fca.py'),
                                          'scsa_book.attention.fca.selection': ('channel/fca.html#selection', 'scsa_book/attention/fca.py'),
                                          'scsa_book.attention.fca.sides_of': ('channel/fca.html#sides_of', 'scsa_book/attention/fca.py')},
             'scsa_book.attention.gc': { 'scsa_book.attention.gc.ContextAttention': ( 'spatial/gc.html#contextattention',

@@ -723,7 +723,8 @@ def test_the_fingerprint_is_of_images_and_objects(tmp_path):
 
 def test_the_fingerprint_of_scenes_is_of_their_options():
     one, other = (detection_dataset("scenes", scenes={"brightness": b}).fingerprint for b in (0.5, 0.4))
-    assert one != other and one == detection_dataset("scenes", scenes=SceneOptions(brightness=0.5)).fingerprint
+    given = detection_dataset("scenes", scenes=SceneOptions(brightness=0.5))
+    assert one != other and one == given.fingerprint
 
 
 def test_mean_and_deviation_of_scenes_are_those_of_the_facts():

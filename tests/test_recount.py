@@ -274,7 +274,8 @@ def test_an_implementation_adds_its_own_cost_and_no_more():
 
 
 def test_fca_pools_maps_of_another_size_than_its_cosines():
-    at = {side: macs(CountedImplementation(implementations.fca), (512, side, side), TRACE) for side in (28, 56)}
+    fca = CountedImplementation(implementations.fca)
+    at = {side: macs(fca, (512, side, side), TRACE) for side in (28, 56)}
     assert at == {28: 2 * 512 * 32, 56: 2 * 512 * 32 + 512 * 56 * 56}
 
 
@@ -544,7 +545,8 @@ def test_networks_are_built_without_weights():
 
 
 def test_matrix_work_alone_does_not_depend_on_how_a_mean_is_written():
-    by_layer, by_function = (CountedImplementation(partial(implementations.se, pools=p)) for p in ((AVERAGE,), ()))
+    written = (partial(implementations.se, pools=p) for p in ((AVERAGE,), ()))
+    by_layer, by_function = map(CountedImplementation, written)
     assert macs(by_layer, (64, 9, 9), MATRIX) == macs(by_function, (64, 9, 9), MATRIX) == 2 * 64 * 4
     assert registry.create("se", 64, bias=False).reduce.weight.numel() == 64 * 4
 

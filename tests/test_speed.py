@@ -125,7 +125,8 @@ def result():
 def test_a_result_is_whole(result):
     se, ge = result.rows
     assert (se.name, se.peer, se.rounds, se.shape) == ("se", "its equations", 3, (2, 32, 8, 8))
-    assert se.theirs.saved_for_backward == se.ours.saved_for_backward and se.theirs.training_peak == se.ours.training_peak > 0
+    assert se.theirs.saved_for_backward == se.ours.saved_for_backward
+    assert se.theirs.training_peak == se.ours.training_peak > 0
     assert ge.peer is ge.theirs is ge.forward_ratio is ge.training_ratio is None
     assert result.control.name == "se" and result.control.theirs
     again = speed.ModulesResult.model_validate_json(result.model_dump_json())

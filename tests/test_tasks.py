@@ -26,7 +26,8 @@ SCENES = {"scenes": {"side": 64, "objects": 2, "size": 0.5}}
 SMALL = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20}
 TINY = {"width": 8, "pyramid_channels": 16, "head_channels": 16, "anchor_scale": 4}
 TINY |= {"min_size": 64, "max_size": 64}
-SHORT_RUN = {"train_images": 12, "test_images": 6, "batch_size": 4, "epochs": 3, "warmup_epochs": 0, "lr": 0.002}
+SHORT_RUN = {"train_images": 12, "test_images": 6, "batch_size": 4, "epochs": 3}
+SHORT_RUN |= {"warmup_epochs": 0, "lr": 0.002}
 DETECTORS = {
     "faster_rcnn": TINY | SMALL,
     "mask_rcnn": TINY | SMALL,

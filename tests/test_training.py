@@ -540,7 +540,8 @@ def test_a_result_says_all_and_comes_back_as_it_was(where):
     assert [e.epoch for e in saved.epochs] == [1, 2] and saved.final == saved.epochs[-1].metrics
     assert set(saved.final) == {"train_loss", "val_loss", "top1", "top5"}
     assert saved.final["top1"] <= saved.final["top5"] <= 100
-    assert saved.data.test_images == 40 and saved.data.fingerprint == load_dataset("fashion-mnist").fingerprint
+    assert saved.data.test_images == 40
+    assert saved.data.fingerprint == load_dataset("fashion-mnist").fingerprint
     assert saved.parameters == sum(p.numel() for p in build_network(config, 10).parameters())
     assert saved.machine.threads == torch.get_num_threads() and saved.machine.device
     assert set(saved.machine.versions) == {"python", *result.PACKAGES}

@@ -55,7 +55,7 @@ def compare(
 class Recounted:
     "A cost, counted again."
 
-    cell_key: str  # key of the cell
+    key: str  # of the cell
     printed: str
     count: int  # parameters, or multiply-accumulates
     status: str  # equal or differs

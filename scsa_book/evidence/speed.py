@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel, Field
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -192,7 +192,8 @@ class Side(BaseModel):
     training: Spread  # forward and backward
     forward_peak: int
     training_peak: int
-    saved_for_backward: int  # stored between forward and backward pass, besides input and output
+    # stored between forward and backward pass, besides input and output; `kept` in 0.1.0
+    saved_for_backward: int = Field(validation_alias=AliasChoices("saved_for_backward", "kept"))
 
 
 class Row(BaseModel):
@@ -568,7 +569,7 @@ class NetworksResult(BaseModel):
 
     setting: NetworkSetting
     noise: Spread  # the plain network against its own copy
-    machine_peak: MachinePeak
+    machine_peak: MachinePeak = Field(validation_alias=AliasChoices("machine_peak", "machinery"))
     rows: list[NetworkRow]
     machine: Machine
     code: Code

@@ -11,7 +11,7 @@ import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from ..paths import book_root
 from .config import ConfigError, RunConfig, configure, must_be_known, one_line
 
@@ -35,7 +35,8 @@ class Scale(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    overrides: dict[str, Any] = {}  # overrides of the runs' values; None: the preset's own
+    # of the runs' values; None: the preset's own. `instead` in 0.1.0
+    overrides: dict[str, Any] = Field({}, validation_alias=AliasChoices("overrides", "instead"))
     options: Options = {}
 
 # %% ../../nbs/training/experiments.ipynb #d3b511b6
