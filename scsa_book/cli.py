@@ -21,7 +21,7 @@ import typer
 
 # %% ../nbs/reference/command-line.ipynb #fcb57c89
 app = typer.Typer(
-    help="Vision attention mechanisms: run them, and hold the numbers against the papers'.",
+    help="Vision attention mechanisms: run them, and compare the numbers with the papers'.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,7 +30,7 @@ app = typer.Typer(
 
 # %% ../nbs/reference/command-line.ipynb #df34047f
 class RunFailed(RuntimeError):
-    "A run that began and did not end well."
+    "A run that started and failed."
 
 # %% ../nbs/reference/command-line.ipynb #7868227f
 def main(arguments: list[str] | None = None) -> None:
@@ -46,13 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 # %% ../nbs/reference/command-line.ipynb #ad109c5f
 def fail(error: Exception | str, code: int) -> None:
-    "Say what went wrong in one line, and leave."
+    "Print the error in one line, and exit."
     print(f"scsa-book: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(code)
 
 # %% ../nbs/reference/command-line.ipynb #6b9c5392
 def parse_parameters(words: list[str]) -> dict[str, Any]:
-    "`name=value` words as a dictionary; ValueError for a word that is none."
+    "`name=value` arguments as a dictionary; ValueError for any other form."
     import yaml
 
     parameters = {}
@@ -96,7 +96,7 @@ def title(config) -> str:
 
 # %% ../nbs/reference/command-line.ipynb #e4ba9a93
 def decided(source: str) -> str:
-    "The lines of a cell of parameters that decide something: no None, nothing of this machine."
+    "The lines of a parameters cell that determine the run: not None, and no paths of this machine."
     from scsa_book.training.config import Execution
 
     kept = []
@@ -109,7 +109,7 @@ def decided(source: str) -> str:
 
 # %% ../nbs/reference/command-line.ipynb #64d33905
 def joined(outputs: list) -> list:
-    "Outputs with neighbouring pieces of one stream put together, and without execution counts."
+    "Outputs with consecutive parts of one stream merged, and without execution counts."
     kept = []
     for output in outputs:
         same = kept and output.get("name") and output.get("name") == kept[-1].get("name")
@@ -123,14 +123,14 @@ def joined(outputs: list) -> list:
 
 # %% ../nbs/reference/command-line.ipynb #8b77baba
 def clean_cell(cell) -> None:
-    "Take out of an executed cell what is of this execution alone."
+    "Remove from an executed cell what belongs to this execution alone."
     tags = cell.metadata.get("tags", [])
     cell.metadata = {"tags": tags} if tags else {}
     if any("parameters" in tag for tag in tags):
         cell.source = decided(cell.source)
     if cell.cell_type == "code":
         cell.execution_count, cell.outputs = None, joined(cell.outputs)
-    else:  # the page lies one folder deeper than the notebook that was executed
+    else:  # the page is one folder deeper than the executed notebook
         cell.source = cell.source.replace("](../", "](../../")
 
 # %% ../nbs/reference/command-line.ipynb #dd81b552
@@ -146,7 +146,7 @@ def as_page(notebook, config):
 # %% ../nbs/reference/command-line.ipynb #0f22ce12
 @contextlib.contextmanager
 def passing_on_sigterm():
-    "SIGTERM goes to the processes that this one has started, and not to itself."
+    "Forwards SIGTERM to the child processes instead of this one."
     import psutil
 
     def pass_on(number, frame):
@@ -162,7 +162,7 @@ def passing_on_sigterm():
 # %% ../nbs/reference/command-line.ipynb #cc3d562f
 @contextlib.contextmanager
 def keeping_memory():
-    "What is started here has a glibc that keeps what is freed."
+    "Processes started here have a glibc that keeps freed memory."
     from scsa_book.paths import KEEP_MEMORY
 
     added = {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}
@@ -220,7 +220,7 @@ def in_words(result) -> str:
 
     names = [name for name in TASKS[result.config.task].metrics if name in result.final]
     measured = "  ".join(f"{name} {result.final[name]:.2f} %" for name in names[:2])
-    images = f"of {result.data.test_images:,} pictures"
+    images = f"of {result.data.test_images:,} images"
     cost = f"{result.parameters:,} parameters  {result.seconds:.0f} s"
     return f"{result.id}  {measured}  {images}  {cost}"
 
@@ -248,12 +248,12 @@ word = "NAME=VALUE"
 Parameters = Annotated[
     list[str], typer.Option("--parameter", "-p", metavar=word, help="Repeatable.")
 ]
-Again = Annotated[bool, typer.Option("--again", help="Begin anew even if it is finished.")]
+Again = Annotated[bool, typer.Option("--again", help="Start from the beginning, even if it is finished.")]
 Profile = Annotated[
     str | None, typer.Option(help="Of a cluster: slurm, kubernetes, or a folder.")
 ]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="Folder of the larger data sets; default: SCSA_BOOK_DATA.")
+    Path | None, typer.Option(help="Folder of the larger datasets; default: SCSA_BOOK_DATA.")
 ]
 
 # %% ../nbs/reference/command-line.ipynb #f453f47f
@@ -298,7 +298,7 @@ def job(folder: Path, run_id: str, attempt: int = 1) -> None:
 
 # %% ../nbs/reference/command-line.ipynb #5fb3ad5b
 def names_in_use() -> dict[str, list[str]]:
-    "All names that a parameter can have."
+    "All values that named parameters can have."
     from scsa_book.attention import registry
     from scsa_book.networks.build import network_names
     from scsa_book.training.experiments import load_experiments
@@ -324,7 +324,7 @@ def names_in_use() -> dict[str, list[str]]:
 def list_names(
     runs: Annotated[bool, typer.Option(help="Also list the finished runs.")] = True,
 ) -> None:
-    "The names that can be used, and the finished runs."
+    "The available names, and the finished runs."
     from scsa_book.training.result import all_results
 
     for what, names in names_in_use().items():
@@ -337,7 +337,7 @@ def list_names(
 
 # %% ../nbs/reference/command-line.ipynb #0efb3b1e
 def counting() -> dict:
-    "Every cost, counted again; how far it is stands on the error stream."
+    "Every cost, counted again; progress is printed to stderr."
     from scsa_book.evidence.ledger import costs, recount_all
 
     wanted, done = costs(), 0
@@ -394,7 +394,7 @@ Compiled = Annotated[bool, typer.Option("--compiled", help="Through torch.compil
 @bench.command()
 def modules(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Mechanisms; none: all, and the result is kept.")
+        list[str] | None, typer.Argument(help="Mechanisms; none: all, and the result is stored.")
     ] = None,
     device: Device = None,
     dtype: Dtype = "float32",
@@ -421,7 +421,7 @@ def networks(
     size: Annotated[int, typer.Option(help="Side of an image.")] = 224,
     budget: Annotated[float, typer.Option(help="Seconds of rounds.")] = 60.0,
 ) -> None:
-    "A network with and without attention, in turns: time, memory, distance to the bound."
+    "A network with and without attention, alternately: time, memory, distance to the bound."
     from scsa_book.evidence import speed
 
     how = {"device": device, "dtype": dtype, "layout": layout, "compiled": compiled}
@@ -439,7 +439,7 @@ def memory_gib() -> str:
 
 # %% ../nbs/reference/command-line.ipynb #3c383dd8
 def devices() -> list[str]:
-    "What can compute here."
+    "The devices of this machine."
     import torch
     from scsa_book.training.result import device_name
 
@@ -450,7 +450,7 @@ def devices() -> list[str]:
 
 # %% ../nbs/reference/command-line.ipynb #daa35b55
 def data_found(name: str) -> str:
-    "What is found of a data set without reading it all, or what is missing."
+    "The size of a dataset without reading it all, or what is missing."
     from scsa_book.data import detection, fashion, images
     from scsa_book.paths import DataError, data_root, download_folder
 
@@ -472,7 +472,7 @@ def data_found(name: str) -> str:
 
 # %% ../nbs/reference/command-line.ipynb #ab9eca72
 def quarto_found() -> str:
-    "Where Quarto is, or what its absence means."
+    "The path of Quarto, or what happens without it."
     import shutil
 
     absent = "not found: `make book` tries to install it, else it builds the plain preview"
@@ -480,7 +480,7 @@ def quarto_found() -> str:
 
 # %% ../nbs/reference/command-line.ipynb #ae630374
 def findings() -> Iterator[tuple[str, str]]:
-    "What the doctor looks at, and what he finds."
+    "The items that the doctor checks, and its findings."
     from scsa_book.paths import book_root
     from scsa_book.training.result import free_bytes, versions
     from scsa_book.training.tasks import TASKS
@@ -499,7 +499,7 @@ def findings() -> Iterator[tuple[str, str]]:
 # %% ../nbs/reference/command-line.ipynb #a2c25a6b
 @app.command()
 def doctor() -> None:
-    "Versions, devices, memory, data and Quarto: what is there and what is missing."
+    "Check versions, devices, memory, data and Quarto."
     for what, finding in findings():
         print(f"{what:<14} {finding}")
 

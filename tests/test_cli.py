@@ -76,7 +76,7 @@ def test_a_sweep_makes_what_it_can_and_reports_the_rest(swept, book):
     bad = configure("sample", **TINY, lr=1e30).id
     assert swept.returncode == 1
     assert swept.stdout.startswith("pair: 2 runs, 0 finished\n")
-    assert re.search(rf"\[\d/2\] {good}  top1 [\d.]+ %  top5 [\d.]+ %  of 30 pictures", swept.stdout)
+    assert re.search(rf"\[\d/2\] {good}  top1 [\d.]+ %  top5 [\d.]+ %  of 30 images", swept.stdout)
     assert re.search(rf"\[\d/2\] failed: {bad}: the loss became nan at step 2 of epoch 1", swept.stdout)
     assert swept.stderr == f"scsa-book: 1 of 2 runs failed: {bad}\n"
     names = sorted(path.name for path in (book / "nbs" / "results" / "sample").iterdir())
@@ -152,7 +152,7 @@ def test_a_run_without_its_data_says_what_is_missing(book, tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     line = done.stderr.splitlines()[-1]
     assert line.startswith("scsa-book: folder-birds_resnet8_baseline_seed0")
-    assert f"no folder `train`: {tmp_path}/birds. A folder of pictures has train/CLASS" in line
+    assert f"no folder `train`: {tmp_path}/birds. A folder of images has train/CLASS" in line
     assert "Traceback" not in done.stderr
 
 
@@ -250,7 +250,7 @@ def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(book):
     process.terminate()
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
-    assert re.search(r"asked to leave after \d+ epochs; the same call goes on from there", err)
+    assert re.search(r"terminated after \d+ epochs; the same call resumes there", err)
     done = scsa_book("run", "classify", *parameters, cwd=book)
     assert done.returncode == 0, done.stderr
     config = configure("sample", **{**TINY, "epochs": 40, "seed": 5})
