@@ -12,6 +12,11 @@ WANTED := $(shell { grep -E '^(version|min_python|    )' settings.ini; grep -E '
 	| cksum | cut -d ' ' -f 1)
 STAMP := .venv/installed-$(WANTED)
 
+# Byte code is kept, whatever the shell asks for: without it every process compiles all of PyTorch anew, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+PYTEST = $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
+
 .PHONY: help book test test-all lab clean pull push execute export readme links
 
 help:
@@ -35,15 +40,17 @@ $(STAMP):
 book: $(STAMP)
 	@$(SITE)/build.py
 
-# One thread a process: two processes share the cores, and figures do not depend on how many there are.
+# One thread a process and a process a core; figures do not depend on how many there are. A test file stays in one
+# process, so that what its tests share is made once.
+test test-all: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	$(PYTEST)
+	$(BIN)/nbdev-test --n-workers $(CORES)
 	@echo "the tests and every cell of the chapters passed"
 
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --flags slow
+	$(PYTEST) -m "slow or not slow"
+	$(BIN)/nbdev-test --n-workers $(CORES) --flags slow
 	@echo "the tests, the long ones too, and every cell of the chapters passed"
 
 lab: $(STAMP)

@@ -304,7 +304,7 @@ BAD = [  # mechanism, options, what the message must say: the value, and what wo
     ("ge", {"variant": "theta*"}, r"theta\*.*theta-"),
     ("ge", {"extent": 3}, "extent=3.*power of two"),
     ("ge", {"variant": "theta"}, "theta.*size="),
-    ("ge", {"size": 7}, "size=7.*no use"),
+    ("ge", {"size": 7}, "size=7.*not used"),
     ("ge", {"variant": "theta+","size": (7,0)}, "width=0.*positive"),
     ("ge", {"reduction": 0}, "reduction=0.*positive"),
     ("sk", {"groups": 5}, "channels=32.*groups=5.*groups=1"),

@@ -228,7 +228,7 @@ def test_only_seeds_that_both_have_are_compared():
 
 @pytest.mark.parametrize(
     ("differences", "said"),
-    [([1.0, 1.1, 0.9], "above"), ([-1.0, -1.1, -0.9], "below"), ([1.0, -1.1, 0.9], "not distinguishable")],
+    [([1.0, 1.1, 0.9], "above"), ([-1.0, -1.1, -0.9], "below"), ([1.0, -1.1, 0.9], "inconclusive")],
 )
 def test_a_reading_is_that_of_the_interval(differences, said):
     assert co.reading(summarise(differences)) == said
@@ -394,7 +394,7 @@ def show(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_say_that_nothing_has_run(show, page):
     shown = show(page)
-    readings = ("above", "below", "not distinguishable")
+    readings = ("above", "below", "inconclusive")
     assert not any(f"{reading}</span>" in shown for reading in readings)
     if page == "report":
         assert "`scsa-book sweep cifar100`: 51 runs are missing." in shown and "251 are reproduced" in shown

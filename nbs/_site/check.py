@@ -8,7 +8,10 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
+
+from parallel import each
 
 LOADS = {
     "script": ["src"],
@@ -91,16 +94,31 @@ def target_of(page, address):
     return target / "index.html" if target.is_dir() else target
 
 
-def problems_of(path, page, pages):
-    "One line for each thing that is wrong on one page."
-    found = [f"loads {address}" for address in page.loads if external(address)]
-    for address in filter(is_local, page.loads + page.links):
-        target, anchor = target_of(path, address), unquote(urlsplit(address).fragment)
-        if not target.exists():
-            found.append(f"missing {address}")
-        elif anchor not in {"", "top"} and target in pages and anchor not in pages[target].ids:
-            found.append(f"no anchor {address}")
-    return found + [f"not rendered: {mark}" for mark in UNRENDERED.findall(page.text)]
+class Found(NamedTuple):
+    "What can be told of a page without the others."
+
+    ids: set
+    problems: list
+    targets: dict  # local address -> the file that it means
+
+
+def look_at(path):
+    "What is wrong on one page, and where it leads."
+    page = Page(path.read_text("utf-8"))
+    targets = {a: target_of(path, a) for a in dict.fromkeys(page.loads + page.links) if is_local(a)}
+    wrong = [f"loads {address}" for address in page.loads if external(address)]
+    wrong += [f"missing {address}" for address, target in targets.items() if not target.exists()]
+    return Found(
+        page.ids, wrong + [f"not rendered: {mark}" for mark in UNRENDERED.findall(page.text)], targets
+    )
+
+
+def dead_anchors(page, pages):
+    "The addresses of a page with an anchor that the page they lead to does not have."
+    for address, target in page.targets.items():
+        anchor = unquote(urlsplit(address).fragment)
+        if anchor not in {"", "top"} and target in pages and anchor not in pages[target].ids:
+            yield f"no anchor {address}"
 
 
 def is_page(path):
@@ -108,15 +126,17 @@ def is_page(path):
     return "site_libs" not in path.parts and path.name != "page.html"
 
 
-def problems(site):
+def problems(site, cores=None):
     "One line a problem in the rendered folder `site`; no line when it is as it should be."
     site = Path(site).resolve()
-    pages = {p: Page(p.read_text("utf-8")) for p in sorted(site.rglob("*.html")) if is_page(p)}
+    paths = [path for path in sorted(site.rglob("*.html")) if is_page(path)]
+    pages = dict(each("check", look_at, paths, cores))
     if not pages:
         return [f"{site}: no page"]
     found = []
     for path, page in pages.items():
-        found += [f"{path.relative_to(site)}: {line}" for line in problems_of(path, page, pages)]
+        lines = [*page.problems, *dead_anchors(page, pages)]
+        found += [f"{path.relative_to(site)}: {line}" for line in lines]
     for sheet in sorted(site.rglob("*.css")):
         loads = filter(external, CSS.findall(sheet.read_text("utf-8")))
         found += [f"{sheet.relative_to(site)}: loads {address}" for address in loads]

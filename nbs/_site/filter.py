@@ -289,13 +289,16 @@ def executed_copy(path):
     return path.parent / ".built" / path.name
 
 
+def live_of(raw):
+    "What the build executed a copy from."
+    return json.loads(raw)["metadata"].get("live", {})
+
+
 def read(path):
     "The notebook at `path`, or the copy that the build executed, if it was made from this very source."
     raw, copy = path.read_bytes(), executed_copy(path)
-    if copy.exists():
-        nb = json.loads(copy.read_bytes())
-        if nb["metadata"].get("live", {}).get("source") == digest(raw):
-            return nb
+    if copy.exists() and live_of(found := copy.read_bytes()).get("source") == digest(raw):
+        raw = found
     return json.loads(raw)
 
 

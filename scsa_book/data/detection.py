@@ -6,13 +6,13 @@
 __all__ = ['ANY', 'FACTS', 'MIRROR', 'AUGMENTS', 'SPLIT_READERS', 'SCENES', 'DetectionFacts', 'known', 'part_of_the_book',
            'facts', 'rows_of', 'target_of', 'remaining_objects', 'augmented', 'Detections', 'ImageDetections', 'pixels',
            'SceneDetections', 'coco_split', 'coco_splits', 'bccd_splits', 'voc_splits', 'read_splits', 'below_root',
-           'folder_of', 'DetectionDataset', 'evenly', 'fewer', 'fingerprint_of_splits', 'fingerprint_of_scenes',
-           'scene_options', 'check_request', 'scenes_dataset', 'detection_dataset']
+           'folder_of', 'scaled_size', 'scaled_sizes', 'with_area', 'picked', 'scalable', 'DetectionDataset', 'evenly',
+           'fewer', 'fingerprint_of_splits', 'fingerprint_of_scenes', 'scene_options', 'check_request',
+           'scenes_dataset', 'detection_dataset']
 
 # %% ../../nbs/training/detection-data.ipynb #e9423dd1
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,9 +25,9 @@ from torchvision.transforms import v2
 from ..attention.registry import unknown
 from . import annotations as ann
 from . import fashion
-from .annotations import AnnotatedImage, Annotations, masks_of
-from .images import IMAGENET, BatchIndices, Facts, ImageDataset
-from .images import fingerprint_of_files, read_image, seeded
+from .annotations import AnnotatedImage, Annotations, has_masks, masks_of
+from .images import IMAGENET, TURNED, BatchIndices, Facts, ImageDataset
+from .images import fingerprint_of_files, folder_name, orientation, read_image, seeded
 from .scenes import SPLITS, SceneOptions, scene
 from ..paths import DataError, data_root as chosen_root, embedded
 
@@ -75,7 +75,7 @@ FACTS = {
 # %% ../../nbs/training/detection-data.ipynb #a3a39481
 def facts(name: str) -> DetectionFacts:
     "What is known of the set `name`; ValueError for a name that is none."
-    if re.fullmatch(r"coco:[\w.-]+", name):
+    if folder_name(name, "coco:"):
         return known(None, ANY, ann.COCO_REMEDY, masks=True)
     if name not in FACTS:
         raise unknown("dataset", name, [*FACTS, "coco:NAME"])
@@ -145,11 +145,14 @@ class Detections(Dataset):
         "Picture, uint8 (3, H, W), and target number `index`."
         raise NotImplementedError
 
+    def changed_pair(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        "Picture and target number `index` after their random change."
+        pair = self.pair(index)
+        return augmented(*pair, self.augment) if self.augment else pair
+
     def __getitem__(self, batch: BatchIndices) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         with seeded(batch.seed):
-            pairs = [self.pair(i) for i in batch.indices.tolist()]
-            if self.augment:
-                pairs = [augmented(*pair, self.augment) for pair in pairs]
+            pairs = [self.changed_pair(i) for i in batch.indices.tolist()]
         return [x.float().div_(255) for x, _ in pairs], [target for _, target in pairs]
 
 # %% ../../nbs/training/detection-data.ipynb #4d4bc6c2
@@ -173,15 +176,25 @@ class ImageDetections(Detections):
         annotated = self.images[index]
         return pixels(annotated), target_of(annotated, self.learn, self.classes, self.masks)
 
+    def changed_pair(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        try:
+            return super().changed_pair(index)
+        except (ValueError, ArithmeticError) as error:  # a picture too thin to be cropped
+            file = self.images[index].file
+            what = f"cannot change {file.name} at random ({error})"
+            raise DataError(what, file.parent, "Use augment=flip, or remove it.") from error
+
 # %% ../../nbs/training/detection-data.ipynb #2be20e4b
 def pixels(annotated: AnnotatedImage) -> Tensor:
     "The picture as uint8 (3, H, W); DataError if it is damaged or of another size."
     image = v2.functional.pil_to_tensor(read_image(annotated.file))
     if image.shape[1:] != (annotated.height, annotated.width):
         found = " x ".join(map(str, image.shape[1:]))
-        what = f"{annotated.file.name} is {found}, its annotation says"
+        turned = orientation(annotated.file)
+        how = f" (turned by its EXIF orientation {turned})" if turned != 1 else ""
+        what = f"{annotated.file.name} is {found}{how}, its annotation says"
         size = f"{annotated.height} x {annotated.width}"
-        raise DataError(f"{what} {size}", annotated.file.parent, "Fetch both again.")
+        raise DataError(f"{what} {size}", annotated.file.parent, TURNED if how else "Fetch both again.")
     return image
 
 # %% ../../nbs/training/detection-data.ipynb #5c4af152
@@ -214,18 +227,19 @@ class SceneDetections(Detections):
         return torch.from_numpy(s.image), {**target, **masks}
 
 # %% ../../nbs/training/detection-data.ipynb #292c62a4
-def coco_split(location: Path, split: str) -> Annotations:
-    "The half `train` or `val` of a folder in COCO's layout."
+def coco_split(location: Path, split: str, masks: bool = True) -> Annotations:
+    "The half `train` or `val` of a folder in COCO's layout; outlines are looked at for masks."
     found = sorted((location / "annotations").glob(f"instances_{split}*.json"))
     if len(found) != 1:
         what = f"{len(found)} files instances_{split}*.json, not one"
         raise DataError(what, location / "annotations", ann.COCO_REMEDY)
-    return ann.read_coco(found[0], location / found[0].stem.removeprefix("instances_"), split)
+    folder = location / found[0].stem.removeprefix("instances_")
+    return ann.read_coco(found[0], folder, split, masks=masks)
 
 # %% ../../nbs/training/detection-data.ipynb #54b48caf
-def coco_splits(location: Path) -> list[Annotations]:
+def coco_splits(location: Path, masks: bool = True) -> list[Annotations]:
     "Both halves of a folder in COCO's layout."
-    return [coco_split(location, split) for split in ("train", "val")]
+    return [coco_split(location, split, masks) for split in ("train", "val")]
 
 # %% ../../nbs/training/detection-data.ipynb #2c8660e4
 def bccd_splits(location: Path) -> list[Annotations]:
@@ -243,10 +257,8 @@ def voc_splits(location: Path) -> list[Annotations]:
     return [both, ann.read_voc(kit / "VOC2007", "test")]
 
 # %% ../../nbs/training/detection-data.ipynb #35c05b56
-SPLIT_READERS = {
+SPLIT_READERS = {  # of sets in formats without masks
     "bccd": bccd_splits,
-    "coco-mini": coco_splits,
-    "coco2017": coco_splits,
     "voc0712": voc_splits,
     "voc2012": lambda location: [
         ann.read_voc(location / "VOCdevkit/VOC2012", split) for split in ("train", "val")
@@ -262,10 +274,13 @@ SPLIT_READERS = {
 def read_splits(
     name: str,
     root: Path | str | None = None,
+    masks: bool = False,  # with masks; DataError where an object has none
 ) -> tuple[Path, Annotations, Annotations]:
     "Folder, training half and test half of a set of pictures."
     location = folder_of(name, root)
-    train, test = SPLIT_READERS.get(name, coco_splits)(location)
+    train, test = SPLIT_READERS[name](location) if name in SPLIT_READERS else coco_splits(location, masks)
+    for annotated in (*train.images, *test.images) if masks else ():
+        has_masks(annotated)
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes)) or ["their order"]
         what = f"classes of the halves differ: {', '.join(odd[:5])}"
@@ -289,13 +304,54 @@ def folder_of(name: str, root: Path | str | None = None) -> Path:
     f = facts(name)
     return embedded(name) if f.embedded else below_root(name, root, f.remedy)
 
+# %% ../../nbs/training/detection-data.ipynb #940d7a18
+def scaled_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
+    "Height and width after torchvision's scaling: to a short side, or at most to a long one."
+    scale = min(shortest / min(height, width), longest / max(height, width))
+    return int(height * scale), int(width * scale)
+
+
+def scaled_sizes(annotated: AnnotatedImage, shortest: Sequence[int], longest: int) -> list[tuple[int, int]]:
+    "The sizes that a picture is scaled to; DataError if a side of one is 0."
+    sizes = [scaled_size(annotated.height, annotated.width, side, longest) for side in shortest]
+    if thin := [size for size in sizes if min(size) < 1]:
+        file, before = annotated.file, f"{annotated.height} x {annotated.width}"
+        what = f"{file.name} of {before} pixels would be scaled to {thin[0][0]} x {thin[0][1]}"
+        raise DataError(what, file.parent, "Remove it, or raise max_size.")
+    return sizes
+
+
+def with_area(annotated: AnnotatedImage, scaled: tuple[int, int]) -> np.ndarray:
+    "Which boxes of a picture have an area in 32 bits once it is scaled."
+    ratio = np.float32(scaled) / np.float32([annotated.height, annotated.width])
+    left, top, right, bottom = (annotated.boxes * ratio[[1, 0, 1, 0]]).T
+    return (right > left) & (bottom > top)
+
+# %% ../../nbs/training/detection-data.ipynb #026da621
+def picked(annotated: AnnotatedImage, rows: np.ndarray) -> AnnotatedImage:
+    "A picture with some of its objects."
+    arrays = {n: getattr(annotated, n)[rows] for n in ("boxes", "labels", "crowd", "area")}
+    outlines = annotated.outlines and tuple(annotated.outlines[i] for i in np.flatnonzero(rows))
+    return replace(annotated, **arrays, outlines=outlines)
+
+
+def scalable(split: Annotations, shortest: Sequence[int], longest: int) -> Annotations:
+    "A half whose boxes have an area at each of the sizes; DataError for a picture that is too thin."
+    images, notes = [], list(split.notes)
+    for p in split.images:
+        sizes = scaled_sizes(p, shortest, longest)
+        rows = np.logical_and.reduce([with_area(p, size) for size in sizes])
+        shown = (", ".join(f"{v:g}" for v in box) for box in p.boxes[~rows])
+        notes += [f"{p.file}: box ({box}) has no area once it is scaled; left out" for box in shown]
+        images.append(p if rows.all() else picked(p, rows))
+    return replace(split, images=tuple(images), notes=tuple(notes))
+
 # %% ../../nbs/training/detection-data.ipynb #707d69a6
 @dataclass(frozen=True)
 class DetectionDataset(ImageDataset):
     "Training and test pictures with targets; `ImageModule` makes loaders of it."
 
     masks: bool = False  # whether the targets have masks
-    notes: tuple[str, ...] = ()  # what the readers clipped or left out
 
 # %% ../../nbs/training/detection-data.ipynb #ff8b86a0
 def evenly(images: Sequence, n: int | None) -> tuple:
@@ -365,7 +421,7 @@ def scenes_dataset(
     return DetectionDataset(
         "scenes", SceneDetections(options, "train", train, masks, transform),
         SceneDetections(options, "test", test, masks),
-        fashion.CLASSES, f.mean, f.std, fingerprint_of_scenes(options), masks,
+        fashion.CLASSES, f.mean, f.std, fingerprint_of_scenes(options), masks=masks,
     )  # fmt: skip
 
 # %% ../../nbs/training/detection-data.ipynb #811d23a8
@@ -377,6 +433,7 @@ def detection_dataset(
     masks: bool = False,  # with masks
     augment: str = "flip",  # none, flip, or flip-crop
     scenes: Mapping | SceneOptions | None = None,  # what scenes are like
+    scaled: tuple[Sequence[int], int] | None = None,  # short sides and longest side of a detector
 ) -> DetectionDataset:
     "A set for detection; DataError if it is missing or damaged, ValueError if asked wrongly."
     check_request(name, masks, augment)
@@ -384,12 +441,16 @@ def detection_dataset(
     if name == "scenes":
         counts = (train_images or SCENES["train"], test_images or SCENES["test"])
         return scenes_dataset(options, *counts, masks, augment)
-    folder, train, test = read_splits(name, root)
+    folder, train, test = read_splits(name, root, masks)
     for_train, for_test = fewer(train, train_images), fewer(test, test_images)
+    if scaled:
+        for_train = scalable(for_train, *scaled)
+        for annotated in for_test.images:
+            scaled_sizes(annotated, *scaled)
     f = facts(name)
     return DetectionDataset(
         name, ImageDetections(for_train, True, masks, AUGMENTS[augment]),
         ImageDetections(for_test, False, masks),
         train.classes, f.mean, f.std, fingerprint_of_splits(folder, train, test),
-        masks, train.notes + test.notes,
+        masks=masks, notes=tuple(dict.fromkeys(train.notes + for_train.notes + test.notes)),
     )  # fmt: skip

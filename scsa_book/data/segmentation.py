@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'CAMVID_REMEDY', 'ADE_REMEDY', 'of_scenes', 'of_mini', 'FACTS', 'NO_CLASS', 'CAMVID_CLASSES', 'CAMVID_TABLE',
-           'ADE_TABLE', 'SegmentationFacts', 'as_imagenet', 'facts', 'pad_to_size', 'one_class_dominates', 'uniform',
-           'random_int', 'JointTransform', 'ClassMaps', 'class_map', 'ObjectMaps', 'grey_table', 'read_classes',
-           'FileMaps', 'pair_files', 'camvid_files', 'ade_files', 'ade_classes', 'SegmentationDataset', 'from_files',
-           'from_objects', 'from_scenes', 'segmentation_dataset']
+           'ADE_TABLE', 'MOST', 'FEWER', 'SegmentationFacts', 'as_imagenet', 'facts', 'pad_to_size',
+           'one_class_dominates', 'uniform', 'random_int', 'JointTransform', 'ClassMaps', 'class_map', 'ObjectMaps',
+           'grey_table', 'read_classes', 'FileMaps', 'pair_files', 'camvid_files', 'ade_files', 'ade_classes',
+           'SegmentationDataset', 'from_files', 'from_objects', 'from_scenes', 'segmentation_dataset']
 
 # %% ../../nbs/training/segmentation-data.ipynb #ef6e727f
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ from . import annotations as ann
 from . import detection
 from .detection import ANY, Detections, ImageDetections, SceneDetections
 from .images import IMAGENET, IMAGE_SUFFIXES, BatchIndices, Facts, ImageDataset
-from .images import fingerprint_of_files, open_image, read_image, seeded
+from .images import fingerprint_of_files, open_image, ours, read_image, seeded
 from .scenes import SceneOptions
 from ..paths import DataError
 
@@ -203,8 +203,11 @@ def read_classes(path: Path, table: np.ndarray, remedy: str) -> Tensor:
     "Classes, uint8 (H, W), of a file of greys; DataError for a grey that means nothing."
     with open_image(path, remedy) as file:
         greys = np.asarray(file)
-    if greys.ndim != 2 or greys.dtype != np.uint8:
+    if greys.ndim != 2 or greys.dtype.kind not in "ui":
         raise DataError(f"{path.name} has colours, not numbers of classes", path.parent, remedy)
+    if greys.min() < 0 or greys.max() >= len(table):
+        odd = greys.max() if greys.max() >= len(table) else greys.min()
+        raise DataError(f"{path.name} holds {odd}, which is no class", path.parent, remedy)
     classes = table[greys]
     if (classes == NO_CLASS).any():
         grey = greys[classes == NO_CLASS].min()
@@ -242,8 +245,9 @@ def pair_files(images: Path, classes: Path, remedy: str) -> list[tuple[Path, Pat
     for folder in (images, classes):
         if not folder.is_dir():
             raise DataError(f"no folder `{folder.name}`", folder.parent, remedy)
-    files = sorted(p for p in images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and ours(p.name))
     known = {p.stem: p for p in classes.glob("*.png")}
+    ann.unique(((p.stem, p.name) for p in files), "the name", str(images))
     lost = [p.name for p in files if p.stem not in known]
     if lost or not files:
         missing = f"no classes for {len(lost)} pictures, first {lost[0]}" if lost else ""
@@ -289,7 +293,6 @@ class SegmentationDataset(ImageDataset):
     "Training and test pictures with classes; `ImageModule` makes loaders of it."
 
     ignore: int = IGNORE  # the class that losses and scores pass over
-    notes: tuple[str, ...] = ()  # what readers clipped or left out
 
 # %% ../../nbs/training/segmentation-data.ipynb #2a795a09
 def from_files(name: str, root, limits: Sequence, augment: Callable) -> SegmentationDataset:
@@ -307,9 +310,16 @@ def from_files(name: str, root, limits: Sequence, augment: Callable) -> Segmenta
     )  # fmt: skip
 
 # %% ../../nbs/training/segmentation-data.ipynb #5d7ca5db
+MOST = IGNORE - 1  # classes beside the background
+FEWER = "Join classes, or leave some out of the file."
+
+# %% ../../nbs/training/segmentation-data.ipynb #3ec5ad43
 def from_objects(name: str, root, limits: Sequence, augment: Callable) -> SegmentationDataset:
     "A set in COCO's layout."
-    location, *splits = detection.read_splits(name, root)
+    location, *splits = detection.read_splits(name, root, masks=True)
+    if len(splits[0].classes) > MOST:
+        many = f"{name} has {len(splits[0].classes)} classes"
+        raise DataError(f"{many}, more than the {MOST} that a byte holds", location, FEWER)
     fewer = [detection.fewer(split, n) for split, n in zip(splits, limits, strict=True)]
     train, test = (ImageDetections(split, learn=False, masks=True) for split in fewer)
     f, classes = facts(name), ("background", *splits[0].classes)

@@ -106,13 +106,13 @@ class Comparison:
 
 # %% ../../nbs/evidence/comparisons.ipynb #7a994d1d
 def reading(difference: Summary | None) -> str:
-    "The conclusion from an interval: above, below, not distinguishable, one pair, or not run."
+    "The conclusion from an interval: above, below, inconclusive, one pair, or not run."
     if difference is None:
         return "not run"
     if difference.low is None:
         return "one pair"
     if not difference.excludes_zero:
-        return "not distinguishable"
+        return "inconclusive"
     return "above" if difference.mean > 0 else "below"
 
 # %% ../../nbs/evidence/comparisons.ipynb #3f2104cd
@@ -228,7 +228,7 @@ def ends(low: float | None, high: float | None, show: Callable = "{:.2f}".format
     return "" if low is None else f"{show(low)} to {show(high)}"
 
 # %% ../../nbs/evidence/comparisons.ipynb #5319ea56
-STYLES = {"above": "matches", "below": "differs", "not distinguishable": "close"}
+STYLES = {"above": "matches", "below": "differs", "inconclusive": "close"}
 
 
 def difference_columns(family: Family, row: Row) -> list[object]:
@@ -303,7 +303,7 @@ def sentence(c: Comparison, rows: Sequence[Row] | None = None) -> str:
         form.format(listed(kinds[kind]), "is" if len(kinds[kind]) == 1 else "are", base)
         for kind, form in WORDS.items() if kind in kinds
     ]  # fmt: skip
-    if unclear := kinds.get("not distinguishable", []) + kinds.get("one pair", []):
+    if unclear := kinds.get("inconclusive", []) + kinds.get("one pair", []):
         parts.append(f"these runs do not distinguish {listed(unclear)} from {base}")
     said = "; ".join(parts)
     return f"On this test split, with this recipe: {said}." if said else "There is no conclusion yet."

@@ -59,6 +59,8 @@ BLOCKS = (  # class of a block, its positions; the first row whose children are 
     ("InvertedResidual", _inverted("conv.2", "conv.3")),
     ("InvertedResidual", _inverted("conv_pwl", "bn3")),
     ("DepthwiseSeparableConv", _inverted("conv_pw", "bn2")),
+    # MobileNetV3 of torchvision, whose longest block comes first
+    *(("InvertedResidual", _inverted(f"block.{i}.0", f"block.{i}.1")) for i in (3, 2, 1)),
     ("InvertedResidual", SHUFFLED),  # ShuffleNetV2 of torchvision
 )
 
@@ -160,11 +162,15 @@ class Spot(NamedTuple):
     side: str  # before, after or instead
     channels: int
     gone: tuple[str, ...] = ()  # modules that are not needed any more
+    block: str = ""  # in which the position is
+    position: str = ""  # its literal name; "": none, the module was named
 
 # %% ../../nbs/networks/sites.ipynb #4a1c685d
 def _spot(network: nn.Module, block: str, site: Site) -> Spot:
-    channels = _width(network.get_submodule(block), site)
-    return Spot(site.side, channels, tuple(joined(block, child) for child in site.gone))
+    module = network.get_submodule(block)
+    literal = next(position for position, s in _sites_of(module).items() if s is site)
+    gone = tuple(joined(block, child) for child in site.gone)
+    return Spot(site.side, _width(module, site), gone, block, literal)
 
 # %% ../../nbs/networks/sites.ipynb #ae718c9f
 def spots(

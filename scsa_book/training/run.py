@@ -28,7 +28,6 @@ from torch import nn
 # %% ../../nbs/training/run.ipynb #2f8e29a9
 from ..data.images import ImageDataset
 from ..data.loading import EpochSampler, ImageModule
-from ..networks.placement import reconnect
 from scsa_book.training.checkpoints import (
     SaveOnTermination, Reseed,
     checkpoint_bytes, forget, keep_last, keep_newest, newest_checkpoint, run_lock,
@@ -155,7 +154,6 @@ def synchronised(network: nn.Module, execution: Execution) -> nn.Module:
     several = execution.devices * execution.nodes > 1
     if several and execution.accelerator != "cpu" and torch.cuda.is_available():
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        reconnect(network)
     return network
 
 # %% ../../nbs/training/run.ipynb #72c9fd18

@@ -6,7 +6,8 @@
 __all__ = ['JOB', 'ATTEMPTS', 'REMEDY', 'sweep_folder', 'write_plan', 'exclusive_run', 'local_gpus', 'take_gpu', 'record_failure',
            'job', 'arguments', 'threads_of_a_run', 'on_this_machine', 'profile_folder', 'SweepFailed', 'require',
            'on_a_cluster', 'where_to_run', 'snakemake', 'snakemake_process', 'sweep_lock', 'log_of', 'reason',
-           'status_line', 'follow', 'not_started', 'check_all', 'show_dry_run', 'run_plan', 'unfinished', 'sweep']
+           'status_line', 'follow', 'not_started', 'check_all', 'show_dry_run', 'run_plan', 'unfinished', 'forget',
+           'sweep']
 
 # %% ../../nbs/training/sweep.ipynb #d17b7d35
 import json
@@ -25,18 +26,19 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 import yaml
+from tqdm import tqdm
 
 # %% ../../nbs/training/sweep.ipynb #d4f124d9
 from filelock import FileLock, Timeout
 from ..paths import book_root, cache_folder, usable_cores
 from .config import Execution, RunConfig
 from .experiments import Plan, experiment
-from .result import RunResult, finished, write_atomic
+from .result import RunResult, finished, result_path, run_folder, write_atomic
 
 # %% ../../nbs/training/sweep.ipynb #aa1dc455
-def sweep_folder(name: str, preset: str | None = None) -> Path:
+def sweep_folder(*names: str, preset: str | None = None) -> Path:
     "The folder of a sweep; another preset is another sweep."
-    return cache_folder().parent / "sweeps" / "-".join(filter(None, (name, preset)))
+    return cache_folder().parent / "sweeps" / "-".join(filter(None, (*names, preset)))
 
 # %% ../../nbs/training/sweep.ipynb #264678cc
 JOB = ("-m", "scsa_book.cli", "job")  # Python's arguments for a run
@@ -115,7 +117,6 @@ def job(
     execution = Execution(data_root=given.get("data_root"))
     parameters = {name: value for name, value in given.items() if name != "task"}
     print(f"attempt {attempt} on {platform.node()}", flush=True)
-    sys.modules.setdefault("rfc3987_syntax", None)  # see the text
     with exclusive_run(run_id), record_failure(folder / "failed" / run_id, attempt):
         if not finished(config, execution):
             gpu = take_gpu(plan["gpus"], folder.parent)
@@ -255,13 +256,16 @@ def status_line(folder: Path, config: RunConfig, words: Callable[[RunResult], st
 def follow(process, configs: list[RunConfig], folder: Path, words: Callable) -> None:
     "Say of every run how it ended as soon as it did, until Snakemake leaves."
     waiting, over = {config.id: config for config in configs}, False
-    while not over:
-        over = process.poll() is not None  # before the look, or the last ones would be missed
-        for config in list(waiting.values()):
-            if line := status_line(folder, config, words):
-                del waiting[config.id]
-                print(f"[{len(configs) - len(waiting)}/{len(configs)}] {line}", flush=True)
-        time.sleep(0 if over else 0.2)
+    with tqdm(total=len(configs), unit="run", disable=None, leave=False) as bar:
+        while not over:
+            over = process.poll() is not None  # before the look, or the last ones would be missed
+            for config in list(waiting.values()):
+                if line := status_line(folder, config, words):
+                    del waiting[config.id]
+                    bar.update()
+                    bar.write(f"[{len(configs) - len(waiting)}/{len(configs)}] {line}")
+                    sys.stdout.flush()
+            time.sleep(0 if over else 0.2)
 
 # %% ../../nbs/training/sweep.ipynb #7c23ebd2
 def not_started(said: str, more: str = "") -> SweepFailed:
@@ -310,11 +314,21 @@ def unfinished(plan: Plan, data_root: Path | None = None) -> Plan:
     return [(config, given | extra) for config, given in plan if not finished(config)]
 
 # %% ../../nbs/training/sweep.ipynb #4c66b3e5
+def forget(*names: str) -> None:
+    "Remove the results and checkpoints of all runs of these experiments."
+    for name in names:
+        for config, _ in experiment(name).plan():
+            result = result_path(config)
+            for path in (result, result.with_suffix(".ipynb")):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(run_folder(config), ignore_errors=True)
+
+# %% ../../nbs/training/sweep.ipynb #84c449fa
 REMEDY = "In the folder of the book: pip install -e '.[sweep]'"
 
 
 def sweep(
-    name: str,  # of the experiment
+    *names: str,  # of the experiments
     preset: str | None = None,
     seeds: int | None = None,  # how many, from 0
     cores: int | None = None,  # runs at a time
@@ -323,17 +337,18 @@ def sweep(
     data_root: Path | None = None,
     words: Callable[[RunResult], str] = lambda result: result.id,  # on a finished run
 ) -> None:
-    "Make all runs of an experiment that are not finished; SweepFailed names those that failed."
-    plan = experiment(name).plan(preset, list(range(seeds)) if seeds else None)
+    "Make all runs of some experiments that are not finished; SweepFailed names those that failed."
+    chosen = list(range(seeds)) if seeds else None
+    plan = [run for name in names for run in experiment(name).plan(preset, chosen)]
     todo = unfinished(plan, data_root)
-    print(f"{name}: {len(plan)} runs, {len(plan) - len(todo)} finished", flush=True)
+    print(f"{', '.join(names)}: {len(plan)} runs, {len(plan) - len(todo)} finished", flush=True)
     if not todo:
         return
     require("snakemake", REMEDY)
     where, shares = where_to_run(profile, cores)
     if dry_run:
         return show_dry_run(todo, where)
-    with sweep_lock(folder := sweep_folder(name, preset)):
+    with sweep_lock(folder := sweep_folder(*names, preset=preset)):
         write_plan(folder, todo, **shares)
         run_plan(todo, folder, where, words)
     check_all(folder, [config for config, _ in todo], len(plan))
