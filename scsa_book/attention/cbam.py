@@ -22,6 +22,7 @@ from scsa_book.attention.base import (
     check_positive,
 )
 from ..operators.extremes import gated_extremes
+from ..operators.gating import gate_in_turn
 from ..operators.pooling import channel_average, channel_maximum
 from ..operators.pooling import global_average, global_maximum
 
@@ -90,20 +91,15 @@ class PlaceLogits(nn.Module):
         if zero_init:
             nn.init.zeros_(self.norm.weight)
 
-    def logits(self, p: Tensor) -> Tensor:
-        "Of squeezed positions, (B, 2, H, W) or (B, 1, H, W)."
+    def squeezed(self, x: Tensor, s_c: Tensor) -> Tensor:
+        "The summaries of a map times the gates of its channels."
+        if self.squeeze is channel_extremes:
+            return gated_extremes(x, s_c)
+        return self.squeeze(x * s_c)
+
+    def forward(self, x: Tensor, s_c: Tensor | None = None) -> Tensor:
+        p = self.squeeze(x) if s_c is None else self.squeezed(x, s_c)
         return self.norm(self.conv(p))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits(self.squeeze(x))
-
-    def after(self, x: Tensor, s_c: Tensor) -> tuple[Tensor, Tensor]:
-        "The map times the gates of its channels, and the logits of that."
-        if self.squeeze is not channel_extremes:
-            y = x * s_c
-            return y, self(y)
-        y, p = gated_extremes(x, s_c)
-        return y, self.logits(p)
 
 # %% ../../nbs/hybrid/cbam.ipynb #95901367
 ORDERS = ("channel-spatial", "spatial-channel", "parallel")
@@ -117,28 +113,22 @@ class TwoGates(Attention):
         check_choice("CBAM", ORDERS, order=order)
         self.order = order
 
-    def attend(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        "The scaled map, and the gates in the order in which they scaled it."
-        self.check(x)
-        if self.order == "parallel":
-            joint = (self.channel(x) + self.spatial(x)).sigmoid()
-            return x * joint, {"joint": joint}
-        if self.order == "channel-spatial":
-            s_c = self.channel(x).sigmoid()
-            y, logits = self.spatial.after(x, s_c)
-            s_p = logits.sigmoid()
-            return y * s_p, {"channel": s_c, "spatial": s_p}
-        s_p = self.spatial(x).sigmoid()
-        y = x * s_p
-        s_c = self.channel(y).sigmoid()
-        return y * s_c, {"spatial": s_p, "channel": s_c}
-
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         "`channel` (B, C, 1, 1), `spatial` (B, 1, H, W); parallel: `joint` (B, C, H, W)."
-        return self.attend(x)[1]
+        self.check(x)
+        if self.order == "parallel":
+            return {"joint": (self.channel(x) + self.spatial(x)).sigmoid()}
+        if self.order == "channel-spatial":
+            s_c = self.channel(x).sigmoid()
+            return {"channel": s_c, "spatial": self.spatial(x, s_c).sigmoid()}
+        s_p = self.spatial(x).sigmoid()
+        return {"spatial": s_p, "channel": self.channel(x * s_p).sigmoid()}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attend(x)[0]
+        s = self.attention_maps(x)
+        if self.order == "parallel":
+            return x * s["joint"]
+        return gate_in_turn(x, s["channel"], s["spatial"])
 
 # %% ../../nbs/hybrid/cbam.ipynb #a2d316b8
 class CBAM(TwoGates):
