@@ -36,22 +36,22 @@ from ..paths import DataError, data_root as chosen_root, embedded
 # %% ../../nbs/training/detection-data.ipynb #f8d44f29
 @dataclass(frozen=True)
 class DetectionFacts(Facts):
-    "What is known of a set for detection before it is read."
+    "Facts about a detection dataset that are known before it is read."
 
     masks: bool = False  # whether objects have masks, or boxes only
-    embedded: bool = False  # whether it is a part of the book
+    embedded: bool = False  # whether it is part of the book
 
 # %% ../../nbs/training/detection-data.ipynb #f981eb2b
-ANY = (3, None, None)  # pictures of different heights and widths
+ANY = (3, None, None)  # images of different heights and widths
 
 
 def known(classes: int | None, shape: tuple, remedy: str, **more) -> DetectionFacts:
-    "Facts of a set that is normalised as ImageNet is."
+    "Facts of a dataset that is normalised like ImageNet."
     return DetectionFacts(classes, shape, IMAGENET.mean, IMAGENET.std, remedy, **more)
 
 # %% ../../nbs/training/detection-data.ipynb #b70e52c6
 def part_of_the_book(name: str) -> str:
-    "The remedy for a missing file of an embedded set."
+    "The remedy for a missing file of an embedded dataset."
     return f"It is a part of the book: `git checkout -- data/{name}` brings it back."
 
 
@@ -85,7 +85,7 @@ def facts(name: str) -> DetectionFacts:
 
 # %% ../../nbs/training/detection-data.ipynb #2e7c4a93
 def rows_of(annotated: AnnotatedImage, learn: bool, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    "Which rows of a picture become objects of a target, and their labels."
+    "The rows of an image that become objects of a target, and their labels."
     if learn:
         rows = np.flatnonzero(~annotated.crowd)
         return rows, annotated.labels[rows]
@@ -97,7 +97,7 @@ def rows_of(annotated: AnnotatedImage, learn: bool, classes: int) -> tuple[np.nd
 
 # %% ../../nbs/training/detection-data.ipynb #49aae125
 def target_of(annotated: AnnotatedImage, learn: bool, classes: int, masks: bool) -> dict[str, Tensor]:
-    "The target of a picture, in torchvision's format."
+    "The target of an image, in torchvision's format."
     rows, labels = rows_of(annotated, learn, classes)
     target = {
         "boxes": torch.from_numpy(annotated.boxes[rows]),
@@ -116,7 +116,7 @@ AUGMENTS = {"none": None, "flip": MIRROR, "flip-crop": v2.Compose([v2.RandomIoUC
 
 
 def remaining_objects(target: dict[str, Tensor]) -> dict[str, Tensor]:
-    "The objects of a target that a crop left something of; areas are those of what is left."
+    "The objects of a target that remain after a crop, with the areas of the remaining parts."
     boxes = target["boxes"]
     size = boxes[:, 2:] - boxes[:, :2]
     area = target["masks"].sum((1, 2)).float() if "masks" in target else size.prod(1)
@@ -126,7 +126,7 @@ def remaining_objects(target: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # %% ../../nbs/training/detection-data.ipynb #bfab9c96
 def augmented(image: Tensor, target: dict[str, Tensor], augment: Callable) -> tuple[Tensor, dict]:
-    "A picture and its target after a random change of both."
+    "An image and its target after augmentation of both."
     wrapped = {**target}
     box_type = {"format": "XYXY", "canvas_size": tuple(image.shape[1:])}
     wrapped["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], **box_type)
@@ -201,7 +201,7 @@ def pixels(annotated: AnnotatedImage) -> Tensor:
 
 # %% ../../nbs/training/detection-data.ipynb #5c4af152
 class SceneDetections(Detections):
-    "Scenes, composed when drawn."
+    "Scenes, composed when loaded."
 
     def __init__(
         self,
@@ -245,13 +245,13 @@ def coco_splits(location: Path, masks: bool = True) -> list[Annotations]:
 
 # %% ../../nbs/training/detection-data.ipynb #2c8660e4
 def bccd_splits(location: Path) -> list[Annotations]:
-    "Blood cells: 292 pictures for learning and 72 for testing, as listed by the authors."
+    "Blood cells: 292 training and 72 test images, as listed by the authors."
     classes = ("RBC", "WBC", "Platelets")
     return [ann.read_voc(location / "BCCD", s, classes, first=0) for s in ("trainval", "test")]
 
 # %% ../../nbs/training/detection-data.ipynb #42a19e1c
 def voc_splits(location: Path) -> list[Annotations]:
-    "Trainval of 2007 and 2012 for learning, test of 2007 for testing."
+    "Trainval of 2007 and 2012 as training split, test of 2007 as test split."
     kit = location / "VOCdevkit"
     old = ann.read_voc(kit / "VOC2007", "trainval")
     new = ann.read_voc(kit / "VOC2012", "trainval", first_id=len(old.images))
@@ -357,19 +357,19 @@ class DetectionDataset(ImageDataset):
 
 # %% ../../nbs/training/detection-data.ipynb #ff8b86a0
 def evenly(images: Sequence, n: int | None) -> tuple:
-    "`n` of the pictures at even distances; all of them for None."
+    "`n` of the images at equal intervals; all of them for None."
     if n is None or n >= len(images):
         return tuple(images)
     return tuple(images[i * len(images) // n] for i in range(n))
 
 
 def fewer(split: Annotations, n: int | None) -> Annotations:
-    "A half with `n` of its pictures."
+    "A split with `n` of its images."
     return replace(split, images=evenly(split.images, n))
 
 # %% ../../nbs/training/detection-data.ipynb #8204be9d
 def fingerprint_of_splits(folder: Path, *splits: Annotations) -> str:
-    "SHA-256 over names and sizes of the pictures, and over their objects."
+    "SHA-256 over names and sizes of the images, and over their objects."
     digest = hashlib.sha256()
     for split in splits:
         digest.update(fingerprint_of_files(folder, [p.file for p in split.images]).encode())
@@ -380,7 +380,7 @@ def fingerprint_of_splits(folder: Path, *splits: Annotations) -> str:
 
 # %% ../../nbs/training/detection-data.ipynb #143e1402
 def fingerprint_of_scenes(options: SceneOptions, count: int = 4) -> str:
-    "SHA-256 over the options and the first scenes of each half."
+    "SHA-256 over the options and the first scenes of each split."
     digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
     for s in (scene(options, split, i) for split in SPLITS for i in range(count)):
         digest.update(s.image.tobytes() + s.masks.tobytes() + s.labels.tobytes())
@@ -415,7 +415,7 @@ class DetectionOptions(Options):
 
 # %% ../../nbs/training/detection-data.ipynb #b59561db
 def check_request(name: str, masks: bool, augment: str) -> None:
-    "ValueError for masks of a set that has none, or an unknown augmentation."
+    "ValueError for masks of a dataset that has none, or an unknown augmentation."
     if masks and not facts(name).masks:
         having = [n for n in FACTS if FACTS[n].masks]
         raise ValueError(f"{name} has boxes and no masks: use {', '.join(having)}")

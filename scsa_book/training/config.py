@@ -82,7 +82,7 @@ class RunConfig(BaseModel):
 
 # %% ../../nbs/training/config.ipynb #359639c0
 def contradictions(config: RunConfig) -> dict[str, bool]:
-    "What must not be, and whether it is."
+    "Invalid combinations, and whether they occur."
     c, none = config, config.attention is None
     late = [m for m in c.milestones if m >= c.epochs]
     too_long = f"warmup_epochs={c.warmup_epochs:g} leaves nothing of epochs={c.epochs}"
@@ -90,7 +90,7 @@ def contradictions(config: RunConfig) -> dict[str, bool]:
         "options are given, but no attention": none and c.options != {},
         "a position is given, but no attention": none and c.position is not None,
         "schedule 'step' needs milestones": c.schedule == "step" and not c.milestones,
-        f"milestones {late} lie after the last epoch ({c.epochs})": late != [],
+        f"milestones {late} are after the last epoch ({c.epochs})": late != [],
         "milestones must rise": sorted(set(c.milestones)) != list(c.milestones),
         too_long: c.warmup_epochs >= c.epochs,
         "paper is given, but the preset is not 'paper'": bool(c.paper) and c.preset != "paper",
@@ -98,7 +98,7 @@ def contradictions(config: RunConfig) -> dict[str, bool]:
 
 # %% ../../nbs/training/config.ipynb #c9bed296
 def digest(config: RunConfig) -> str:
-    "Eight hexadecimal digits that change with any field but the seed."
+    "Eight hexadecimal digits that depend on all fields but the seed."
     chosen = config.model_dump(mode="json", exclude_defaults=True, exclude={"seed"})
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
 
