@@ -24,7 +24,7 @@ from functools import cached_property, partial
 
 from torch import nn
 
-from ..attention.danet import DANetHead, Scores
+from ..attention.danet import DANetHead, DANetLogits
 from ..attention.gc import GlobalContext
 from .authors_parts import PatternFCA, RectifiedSE, unofficial_ge
 from scsa_book.networks.trunks import (
@@ -387,7 +387,7 @@ class DualAttention(nn.Module):
         if self.full_size:
             resize = partial(nn.functional.interpolate, mode="bilinear", align_corners=True)
             found = [resize(scores, x.shape[2:]) for scores in found]
-        return Scores(*found) if self.training else found[0]
+        return DANetLogits(*found) if self.training else found[0]
 
 # %% ../../nbs/networks/authors-table.ipynb #78ce31e6
 def danet(

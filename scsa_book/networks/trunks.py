@@ -282,10 +282,10 @@ def mobile_trunk(
     return network
 
 # %% ../../nbs/networks/trunks.ipynb #fb789c6a
-from ..attention.sk import Choosing, Selector
+from ..attention.sk import SelectiveBranches, FuseSelect
 
 
-class SelectiveConv(Choosing):
+class SelectiveConv(SelectiveBranches):
     """Two convolutions and a selection: `(B, C, H, W) -> (B, width, H / stride, W / stride)`.
 
     Its maps weigh the branches. Source: Li et al., "Selective Kernel Networks", CVPR 2019, section 3;
@@ -312,7 +312,7 @@ class SelectiveConv(Choosing):
             conv = nn.Conv2d(own, width, 3, **shape)
             branches.append(nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
         self.branches = nn.ModuleList(branches)
-        self.selector = Selector(width, 2, hidden(width))
+        self.selector = FuseSelect(width, 2, hidden(width))
 
     def split(self, x: Tensor) -> list[Tensor]:
         if not self.halved:

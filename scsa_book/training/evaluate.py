@@ -27,19 +27,19 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from ..data.images import FolderImages, ImageSet
-from ..data.loading import EpochDraws, good_workers, loader
+from ..data.images import FolderImages, ImageDataset
+from ..data.loading import EpochSampler, good_workers, loader
 from ..evidence.published import Cell, cells
 from ..networks import authors
 from ..networks.weights_file import below, read_weights
-from ..places import embedded, results_folder, sha256_of
+from ..paths import embedded, results_folder, sha256_of
 from .config import Execution, RunConfig
 from scsa_book.training.result import (
     Code, Data, Machine, RunResult, all_results, code_state, device_name, load_result, run_folder,
-    versions, write_whole,
+    versions, write_atomic,
 )  # fmt: skip
 from .run import task_class
-from .task import Prepare
+from .task import Normalise
 from .tasks import TASKS
 
 # %% ../../nbs/training/evaluate.ipynb #2da78a8c
@@ -124,7 +124,7 @@ def plan(
     return evaluation, path, run
 
 # %% ../../nbs/training/evaluate.ipynb #b52d4ea6
-def photographs(images: ImageSet, evaluation: Evaluation) -> ImageSet:
+def photographs(images: ImageDataset, evaluation: Evaluation) -> ImageDataset:
     "The same images, cut as the evaluation says."
     cut = v2.Compose([
         v2.Resize(evaluation.resize, InterpolationMode(evaluation.interpolation)),
@@ -228,7 +228,7 @@ def store(folder: Path, batches: int, counted: object) -> None:
 def forward_of(evaluation: Evaluation, network: nn.Module, images, run, device) -> tuple:
     "What turns a batch of images into what is counted, and what counts it."
     if evaluation.task == "classify":
-        prepare = Prepare(images.mean, images.std).to(device)
+        prepare = Normalise(images.mean, images.std).to(device)
         indices = torch.tensor(evaluation.class_indices, device=device)
 
         def labelled(x, y):
@@ -257,7 +257,7 @@ class Outcome:
 def evaluate(
     evaluation: Evaluation,
     network: nn.Module,
-    images: ImageSet,
+    images: ImageDataset,
     run: RunResult | None = None,
     execution: Execution = Execution(),  # noqa: B008
     batch_size: int = 64,
@@ -269,7 +269,7 @@ def evaluate(
     forward, counted = forward_of(evaluation, network, images, run, device)
     folder = run_folder(evaluation, execution) / str(batch_size)
     folder.mkdir(parents=True, exist_ok=True)
-    draws = EpochDraws(len(images.test), batch_size, 0, shuffle=False)
+    draws = EpochSampler(len(images.test), batch_size, 0, shuffle=False)
     if not execution.again:
         draws.seen, counted = stored(folder, counted)
     resumed, last = draws.seen > 0, begin
@@ -411,7 +411,7 @@ def evaluation_path(evaluation: Evaluation, execution: Execution | None = None) 
 def save_evaluation(
     evaluation: Evaluation,
     network: nn.Module,
-    images: ImageSet,
+    images: ImageDataset,
     done: Outcome,
     run: RunResult | None = None,
     execution: Execution = Execution(),  # noqa: B008
@@ -437,7 +437,7 @@ def save_evaluation(
                         versions=versions()),
         code=code_state(), finished=datetime.now(timezone.utc),
     )  # fmt: skip
-    write_whole(evaluation_path(evaluation, execution), result.model_dump_json(indent=1) + "\n")
+    write_atomic(evaluation_path(evaluation, execution), result.model_dump_json(indent=1) + "\n")
     return result
 
 # %% ../../nbs/training/evaluate.ipynb #d1509785
