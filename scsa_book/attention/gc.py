@@ -50,17 +50,17 @@ def weighted_mean(
 class ContextAttention(Attention):
     "How the context changes the map; `GlobalContext` adds the layers."
 
-    def places(self, x: Tensor) -> Tensor:
+    def position_weights(self, x: Tensor) -> Tensor:
         "The weight of each position in the context, (B, 1, H, W); they sum to one."
         if self.pool == "average":
             return torch.full_like(x[:, :1], 1 / (x.shape[2] * x.shape[3]))
         return self.mask(x).flatten(2).softmax(-1).unflatten(2, x.shape[2:])
 
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
-        "`place`: weights, (B, 1, H, W); from the context `scale`, `shift`, (B, C, 1, 1)."
+        "`spatial`: weights, (B, 1, H, W); from the context `scale`, `shift`, (B, C, 1, 1)."
         self.check(x)
-        maps = {"place": self.places(x)}
-        context = weighted_mean(x, maps["place"])
+        maps = {"spatial": self.position_weights(x)}
+        context = weighted_mean(x, maps["spatial"])
         if self.fusion != "add":
             maps["scale"] = self.scale(context).sigmoid()[:, :, None, None]
         if self.fusion != "mul":
