@@ -366,32 +366,36 @@ class Misfit(ValueError):
         head = f"{file or 'this state dict'} does not fit {name}; nothing was changed"
         super().__init__("\n".join([head, *lines]))
 
+# %% ../../nbs/networks/authors.ipynb #78482cdc
+def _skeleton(state: Mapping[str, Tensor], name: str, given: Mapping) -> tuple[nn.Module, dict, int]:
+    "The network on the meta device, the options read, and the classes; `Misfit` otherwise."
+    try:
+        read, classes = read_options(state, name)
+    except Absent:  # what is missing is listed when the names are compared
+        read, classes = {}, info(name).num_classes
+    except ValueError as error:
+        raise Misfit(name, [str(error)]) from None
+    try:
+        with torch.device("meta"):
+            return build(name, classes, **{**read, **given}), read, classes
+    except ValueError as error:
+        raise Misfit(name, [str(error)]) from None
 
+# %% ../../nbs/networks/authors.ipynb #de51f11a
 def _fit(state: Mapping[str, Tensor], name: str, given: Mapping) -> tuple[nn.Module, dict, Report]:
     "The network on the meta device, its state dict and the report; `Misfit` otherwise."
     row = info(name)
     _checked(name, given)
     prefix, whole = _prefix(state, row), len(state)
     state = below(prefix, state)
-    try:
-        read, classes = read_options(state, name)
-    except Absent:
-        read, classes = {}, row.num_classes
-    except ValueError as error:
-        raise Misfit(name, [str(error)]) from None
-    chosen = {**read, **given}
-    try:
-        with torch.device("meta"):
-            network = build(name, classes, **chosen)
-    except ValueError as error:
-        raise Misfit(name, [str(error)]) from None
+    network, read, classes = _skeleton(state, name, given)
     entries = _entries(network, row)
     if lines := _misfit(entries, state):
         raise Misfit(name, lines)
-    computed = _computed(row, entries, chosen)
+    computed = _computed(row, entries, {**read, **given})
     ours = {e.ours: _value(e, state, computed) for e in entries}
-    defaults = {**row.trunk_options, **row.options}
-    assumed = {k: v for k, v in {**defaults, **given}.items() if k not in {*read, *SHOWN}}
+    options = {**row.trunk_options, **row.options, **given}
+    assumed = {k: v for k, v in options.items() if k not in {*read, *SHOWN}}
     loaded = sum(e.theirs in state for e in entries)
     report = Report(name, classes, read, assumed, loaded, whole - len(state), prefix)
     report.notes += _remarks(entries, state)

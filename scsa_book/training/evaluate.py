@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT', 'PROGRESS', 'run_of', 'plan', 'photographs', 'load_images', 'own_network', 'load_network', 'check_indices',
-           'Classified', 'stored', 'store', 'forward_of', 'Outcome', 'evaluate', 'by_class', 'surest_mistakes',
-           'claims_of', 'about', 'save_evaluation']
+           'Classified', 'stored', 'store', 'forward_of', 'Outcome', 'device_of', 'evaluate', 'by_class',
+           'surest_mistakes', 'claims_of', 'about', 'save_evaluation']
 
 # %% ../../nbs/training/evaluate.ipynb #c432e0e0
 import os
@@ -207,7 +207,12 @@ class Outcome:
     starts: int
     seconds: float  # of this start
     device: str
-    parameters: int
+
+
+def device_of(execution: Execution) -> torch.device:
+    "The GPU if there is one and none is forbidden, else the CPU."
+    on_gpu = execution.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 # %% ../../nbs/training/evaluate.ipynb #185a28c0
 @torch.inference_mode()
@@ -221,7 +226,7 @@ def evaluate(
     store_every: float = 5.0,  # seconds
 ) -> Outcome:
     "Predict all images, from where an earlier start was interrupted."
-    device = torch.device("cuda" if execution.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    device = device_of(execution)
     network, begin = network.eval().to(device), time.perf_counter()
     forward, counted = forward_of(evaluation, network, images, run, device)
     folder = run_folder(evaluation, execution) / str(batch_size)
@@ -237,9 +242,7 @@ def evaluate(
             store(folder, number, counted)
             last = time.perf_counter()
     store(folder, len(draws), counted)
-    seconds = time.perf_counter() - begin
-    parameters = sum(p.numel() for p in network.parameters())
-    return Outcome(counted, 1 + resumed, seconds, device_name(device), parameters)
+    return Outcome(counted, 1 + resumed, time.perf_counter() - begin, device_name(device))
 
 # %% ../../nbs/training/evaluate.ipynb #45c4c126
 def by_class(counted: Classified, classes: tuple[str, ...], indices: tuple[int, ...]) -> dict:
@@ -311,7 +314,7 @@ def save_evaluation(
     result = EvaluationResult(
         id=evaluation.id, config=evaluation, about=about(network, run), metrics=metrics, **more,
         claims=claims_of(evaluation, metrics, intervals, run, images),
-        parameters=done.parameters, starts=done.starts, seconds=done.seconds,
+        parameters=sum(p.numel() for p in network.parameters()), starts=done.starts, seconds=done.seconds,
         data=Data(name=images.name, fingerprint=images.fingerprint,
                   train_images=len(images.train), test_images=total),
         machine=Machine(device=done.device, devices=1, threads=torch.get_num_threads(),
