@@ -31,7 +31,7 @@ from scsa_book.networks.placement import (
     maps_of,
     reconnect,
 )
-from scsa_book.networks.sites import BLOCKS, matches, positions, placements
+from scsa_book.networks.sites import BLOCKS, matches, placements, positions
 from scsa_book.networks.small import resnet50_small, resnet101_small, small_resnet
 from scsa_book.networks.small_mobile import mobilenetv2_small, shufflenetv2_small
 

@@ -23,7 +23,7 @@ from scsa_book.networks.build import build
 from scsa_book.networks.detection import build_detector
 from scsa_book.networks.placement import attend, attend_modules, attentions, detach, load_stock, maps_of
 from scsa_book.networks.segmentation import build_segmenter
-from scsa_book.networks.sites import positions, placements
+from scsa_book.networks.sites import placements, positions
 from scsa_book.networks.small import small_resnet
 
 timm = pytest.importorskip("timm")
