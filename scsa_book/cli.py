@@ -35,7 +35,7 @@ class RunFailed(RuntimeError):
 # %% ../nbs/reference/command-line.ipynb #7868227f
 def main(arguments: list[str] | None = None) -> None:
     "Entry point of `scsa-book`."
-    from scsa_book.places import DataError
+    from scsa_book.paths import DataError
 
     try:
         app(arguments)
@@ -70,7 +70,7 @@ def parse_parameters(words: list[str]) -> dict[str, Any]:
 def task_notebook(task: str) -> Path:
     "The notebook of a task; ValueError lists those that there are."
     from scsa_book.attention.registry import unknown
-    from scsa_book.places import book_root
+    from scsa_book.paths import book_root
 
     tasks = {path.stem: path for path in sorted((book_root() / "nbs" / "runs").glob("*.ipynb"))}
     if task not in tasks:
@@ -163,7 +163,7 @@ def passing_on_sigterm():
 @contextlib.contextmanager
 def keeping_memory():
     "What is started here has a glibc that keeps what is freed."
-    from scsa_book.places import KEEP_MEMORY
+    from scsa_book.paths import KEEP_MEMORY
 
     added = {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}
     os.environ.update(added)
@@ -179,7 +179,7 @@ def execute(task: str, parameters: dict[str, Any], config, execution):
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
-    from scsa_book.training.result import finished, result_path, run_folder, write_whole
+    from scsa_book.training.result import finished, result_path, run_folder, write_atomic
 
     notebook = task_notebook(task)
     work = run_folder(config, execution) / "notebook.ipynb"
@@ -196,7 +196,7 @@ def execute(task: str, parameters: dict[str, Any], config, execution):
         kind = ValueError if error.ename == "DataError" else RunFailed
         raise kind(f"{config.id}: {error.evalue} ({error.ename}; see {work})") from None
     page = nbformat.writes(as_page(done, config)) + "\n"
-    write_whole(result_path(config, execution).with_suffix(".ipynb"), page)
+    write_atomic(result_path(config, execution).with_suffix(".ipynb"), page)
     work.unlink()
     return finished(config, execution)
 
@@ -220,9 +220,9 @@ def in_words(result) -> str:
 
     names = [name for name in TASKS[result.config.task].metrics if name in result.final]
     measured = "  ".join(f"{name} {result.final[name]:.2f} %" for name in names[:2])
-    pictures = f"of {result.data.test_images:,} pictures"
+    images = f"of {result.data.test_images:,} pictures"
     cost = f"{result.parameters:,} parameters  {result.seconds:.0f} s"
-    return f"{result.id}  {measured}  {pictures}  {cost}"
+    return f"{result.id}  {measured}  {images}  {cost}"
 
 # %% ../nbs/reference/command-line.ipynb #8ebf1599
 def make_run(
@@ -342,23 +342,23 @@ def counting() -> dict:
 
     wanted, done = costs(), 0
 
-    def tell(entry):
+    def show(entry):
         nonlocal done
         done += 1
-        print(f"{done:>3} of {len(wanted)}  {entry.status:<7}  {entry.place}", file=sys.stderr)
+        print(f"{done:>3} of {len(wanted)}  {entry.status:<7}  {entry.key}", file=sys.stderr)
 
-    return recount_all(wanted, tell)
+    return recount_all(wanted, show)
 
 # %% ../nbs/reference/command-line.ipynb #5c449a7e
 def recounting(write: bool) -> None:
     "Count every cost again and print what has changed; RuntimeError if something has."
-    from scsa_book.evidence import ledger as kept
+    from scsa_book.evidence import ledger as ledgers
 
     found = counting()
-    changed = kept.changes(kept.kept(), found)
+    changed = ledgers.changes(ledgers.stored(), found)
     print("\n".join(changed) or f"{len(found)} costs counted, nothing has changed")
     if write:
-        print(f"written: {kept.write(found)}")
+        print(f"written: {ledgers.write(found)}")
     elif changed:
         raise RuntimeError(f"{len(changed)} of {len(found)} costs changed; --write keeps them")
 
@@ -452,7 +452,7 @@ def devices() -> list[str]:
 def data_found(name: str) -> str:
     "What is found of a data set without reading it all, or what is missing."
     from scsa_book.data import detection, fashion, images
-    from scsa_book.places import DataError, data_root, download_folder
+    from scsa_book.paths import DataError, data_root, download_folder
 
     root = data_root() or download_folder()
     try:
@@ -481,7 +481,7 @@ def quarto_found() -> str:
 # %% ../nbs/reference/command-line.ipynb #ae630374
 def findings() -> Iterator[tuple[str, str]]:
     "What the doctor looks at, and what he finds."
-    from scsa_book.places import book_root
+    from scsa_book.paths import book_root
     from scsa_book.training.result import free_bytes, versions
     from scsa_book.training.tasks import TASKS
 

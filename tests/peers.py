@@ -29,7 +29,7 @@ def eca(m, x):
 
 
 @lru_cache(1)
-def waves(u, v, width, height, length, device, dtype):
+def basis(u, v, width, height, length, device, dtype):
     "The pattern of every channel, (C, H, W); kept, as whoever knows the size of the map would."
     patterns = torch.empty(len(u) * width, height, length, dtype=torch.float64)
     i, j = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (height, length))
@@ -43,7 +43,7 @@ def waves(u, v, width, height, length, device, dtype):
 
 def fca(m, x):
     u, v = (tuple(axis.shares.tolist()) for axis in (m.rows, m.columns))
-    z = (x * waves(u, v, m.channels // len(u), *x.shape[2:], x.device, x.dtype)).sum((2, 3))
+    z = (x * basis(u, v, m.channels // len(u), *x.shape[2:], x.device, x.dtype)).sum((2, 3))
     s = torch.sigmoid(m.expand(F.relu(m.reduce(z))))
     return x * s[:, :, None, None]
 
@@ -70,21 +70,21 @@ def shares_of(q, k, scale=1.0):
 def non_local(m, x):
     pooled = F.max_pool2d(x, 2)
     theta, phi, g = m.theta(x).flatten(2), m.phi(pooled).flatten(2), m.g(pooled).flatten(2)
-    heard = torch.bmm(g, shares_of(theta, phi, theta.shape[1] ** -0.5).transpose(1, 2))
-    return x + m.norm(m.out(heard.view(len(x), -1, *x.shape[2:])))
+    received = torch.bmm(g, shares_of(theta, phi, theta.shape[1] ** -0.5).transpose(1, 2))
+    return x + m.norm(m.out(received.view(len(x), -1, *x.shape[2:])))
 
 
 def gc(m, x):
-    places = torch.softmax(m.mask(x).flatten(2), -1)
-    context = torch.bmm(x.flatten(2), places.transpose(1, 2))[:, :, 0]
+    weights = torch.softmax(m.mask(x).flatten(2), -1)
+    context = torch.bmm(x.flatten(2), weights.transpose(1, 2))[:, :, 0]
     shift = m.shift.expand(F.relu(m.shift.norm(m.shift.reduce(context))))
     return x + shift[:, :, None, None]
 
 
 def danet_position(m, x):
     q, k, v = (layer(x).flatten(2) for layer in (m.query, m.key, m.value))
-    heard = torch.bmm(v, shares_of(q, k).transpose(1, 2))
-    return m.gamma * heard.view_as(x) + x
+    received = torch.bmm(v, shares_of(q, k).transpose(1, 2))
+    return m.gamma * received.view_as(x) + x
 
 
 def danet_channel(m, x):
@@ -140,8 +140,8 @@ def sa(m, x):
     first = first * torch.sigmoid(mc[0] * first.mean((2, 3), keepdim=True) + mc[1])
     normalised = F.group_norm(second, second.shape[1], m.norm.weight, m.norm.bias, m.eps)
     second = second * torch.sigmoid(ms[0] * normalised + ms[1])
-    halves = torch.cat([first, second], 1).view(b, 2, c // 2, h, w)
-    return halves.transpose(1, 2).reshape(b, c, h, w)
+    parts = torch.cat([first, second], 1).view(b, 2, c // 2, h, w)
+    return parts.transpose(1, 2).reshape(b, c, h, w)
 
 
 def ca(m, x):
@@ -202,15 +202,15 @@ def cat(m, x):
     taps = torch.exp(-(t**2) / 2)
     kernel = (torch.outer(taps, taps) / taps.sum() ** 2).to(x).expand(c, 1, 5, 5)
     smooth = F.conv2d(x, kernel, padding=2, groups=c)
-    summaries = x.mean((2, 3)), smooth.amax((2, 3)), stretched(entropy(x.flatten(2), 2))
+    descriptors = x.mean((2, 3)), smooth.amax((2, 3)), stretched(entropy(x.flatten(2), 2))
     weights = m.channel.interior.values
-    l_channel = sum(w * m.channel.perceptron(z) for w, z in zip(weights, summaries, strict=True))
-    summaries = -x.mean(1), smooth.amax(1), stretched(entropy(x, 1))
+    l_channel = sum(w * m.channel.perceptron(z) for w, z in zip(weights, descriptors, strict=True))
+    descriptors = -x.mean(1), smooth.amax(1), stretched(entropy(x, 1))
     weights = m.spatial.interior.values
-    l_place = m.spatial.conv(sum(w * p for w, p in zip(weights, summaries, strict=True))[:, None])
+    l_spatial = m.spatial.conv(sum(w * p for w, p in zip(weights, descriptors, strict=True))[:, None])
     shares = torch.softmax(m.exterior.values, 0)
     channel = torch.sigmoid(l_channel)[:, :, None, None].expand_as(x)
-    return x * (shares[0] * channel + shares[1] * torch.sigmoid(l_place).expand_as(x))
+    return x * (shares[0] * channel + shares[1] * torch.sigmoid(l_spatial).expand_as(x))
 
 
 # ---- synergy

@@ -209,8 +209,8 @@ def test_copies_and_round_trips(name):
     module, x = build(name).eval(), torch.randn(2, WIDTH, 9, 14)
     other = build(name).eval()
     other.load_state_dict(module.state_dict())
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), other):
-        assert torch.equal(twin(x), module(x))
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), other):
+        assert torch.equal(copied(x), module(x))
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     file.seek(0)
@@ -262,8 +262,8 @@ ROUNDED = {"non_local": 5e-4}
 @pytest.mark.slow
 def test_inductor(name):
     torch._dynamo.reset()
-    module, twin = build(name), build(name)
-    compiled = torch.compile(twin, fullgraph=True)
+    module, copied = build(name), build(name)
+    compiled = torch.compile(copied, fullgraph=True)
     for size in [(15, 22), (16, 23)]:
         x = torch.randn(4, WIDTH, *size, requires_grad=True)
         u = x.detach().clone().requires_grad_()
@@ -375,7 +375,7 @@ BAD = [  # mechanism, options, what the message must say: the value, and what wo
 
 
 @pytest.mark.parametrize("name, options, says", BAD, ids=[f"{n}-{o}" for n, o, _ in BAD])
-def test_bad_options_are_told_at_construction(name, options, says):
+def test_bad_options_are_refused_at_construction(name, options, says):
     with pytest.raises(ValueError, match=says):
         registry.create(name, 32, **options)
 

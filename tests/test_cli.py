@@ -13,7 +13,7 @@ from conftest import ROOT
 from filelock import FileLock
 
 from scsa_book import cli
-from scsa_book.places import KEEP_MEMORY
+from scsa_book.paths import KEEP_MEMORY
 from scsa_book.training.config import Execution, RunConfig, configure, from_notebook
 from scsa_book.training.result import load_result
 
@@ -169,7 +169,7 @@ def test_a_run_that_another_process_is_at_is_refused_at_once(inside, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["clasify"], "unknown task 'clasify'. Did you mean 'classify'"),
         (["classify", "-p", "atention=se"], "unknown parameter 'atention'. Did you mean 'attention'"),
@@ -187,11 +187,11 @@ def test_a_run_that_another_process_is_at_is_refused_at_once(inside, capsys):
         (["classify", "-p", "options={a: "], "the value is not YAML"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_2(inside, capsys, monkeypatch, words, told):
+def test_a_mistake_is_one_line_and_code_2(inside, capsys, monkeypatch, words, message):
     monkeypatch.setattr(cli, "execute", lambda *a, **k: pytest.fail("it was started"))
     code, out, err = said(capsys, "run", *words)
     assert code == 2 and out == "" and err.startswith("scsa-book: ") and err.count("\n") == 1
-    assert told in err
+    assert message in err
 
 
 def test_an_unknown_experiment_lists_the_known_ones(inside, capsys):

@@ -22,7 +22,7 @@ from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult
 from scsa_book.training.tasks import TASKS, build_network
 
 PAGES = ("cifar100", "ablations", "scenes", "report")
-LUCK = {0: 0.0, 1: 0.5, 2: -0.4, 3: 0.1}
+NOISE = {0: 0.0, 1: 0.5, 2: -0.4, 3: 0.1}
 
 
 def result(config, value, seed=0):
@@ -45,7 +45,7 @@ def result(config, value, seed=0):
 def results_of(name, values, seeds=(0, 1, 2)):
     "Results of the rows of an experiment, each its mean plus the luck of the seed; `values` by row number."
     rows = co.compare(name, results=[]).rows
-    return [result(rows[i].config, mean + LUCK[s], s) for i, mean in values.items() for s in seeds]
+    return [result(rows[i].config, mean + NOISE[s], s) for i, mean in values.items() for s in seeds]
 
 
 # ---- experiments and their labels
@@ -134,9 +134,9 @@ def test_every_row_of_a_table_is_a_run_of_its_experiment(source, number):
             facts = TASKS["classify"].facts(config.dataset)
             with torch.device("meta"):
                 made = parameters(build_network(config, facts.classes))
-            where = recount.place(cell)
+            where = recount.cell_key(cell)
             first = 2 if where == "scsa/IV/imagenet1k/mobilenetv2/eca/params_M" else 0
-            assert made - first == ledger.kept()[where].count, where  # its first kernel is 1, not 3
+            assert made - first == ledger.stored()[where].count, where  # its first kernel is 1, not 3
 
 
 @pytest.mark.parametrize("preset", SMALLER)
@@ -168,7 +168,7 @@ def test_the_scenes_are_a_full_grid():
 # ---- rows
 
 
-def test_rows_have_names_and_places():
+def test_rows_have_names_and_positions():
     c = co.compare("cifar100", results=[])
     assert [r.label for r in c.rows[:3]] == ["no attention", "SE", "ECA"]
     assert [r.position for r in c.rows[:2]] == ["", "before the addition"]
@@ -194,7 +194,7 @@ def test_a_seed_beyond_the_plan_counts():
     assert co.measured(c.rows[0], "top1")[1] == "2 of 4"
 
 
-def test_an_unknown_experiment_is_told():
+def test_an_unknown_experiment_is_named():
     with pytest.raises(ConfigError, match="cifar100"):
         co.compare("cifar10")
 
@@ -228,7 +228,7 @@ def test_only_seeds_that_both_have_are_compared():
 
 @pytest.mark.parametrize(
     ("differences", "said"),
-    [([1.0, 1.1, 0.9], "above"), ([-1.0, -1.1, -0.9], "below"), ([1.0, -1.1, 0.9], "cannot tell")],
+    [([1.0, 1.1, 0.9], "above"), ([-1.0, -1.1, -0.9], "below"), ([1.0, -1.1, 0.9], "not distinguishable")],
 )
 def test_a_reading_is_that_of_the_interval(differences, said):
     assert co.reading(summarise(differences)) == said
@@ -253,7 +253,7 @@ def test_a_setting_without_a_plain_row_has_no_baseline():
     assert c.baseline(rows[5]) is None and c.difference(rows[5]) is None
 
 
-def test_a_family_is_judged_at_once():
+def test_a_family_is_compared_at_once():
     c, se = compared({0: 10.0, 1: 12.0, 2: 11.0}, {0: 11.0, 1: 13.1, 2: 12.2})
     family = co.Family(c)
     assert family.size == 3, "planned, not finished"
@@ -339,9 +339,9 @@ def test_panels_are_positions():
 
 def test_an_axis_reaches_over_all_but_intervals_of_two_runs():
     three, two = summarise([1.0, 2.0, 3.0]), summarise([1.0, 2.0])
-    low, high = co.reach([([1.0, 2.0, 3.0], three), ([1.0, 2.0], two)])
+    low, high = co.axis_limits([([1.0, 2.0, 3.0], three), ([1.0, 2.0], two)])
     assert low < three.low and three.high < high < two.high
-    assert co.reach([]) is None and co.reach([((), summarise([5.0]))], [0])[0] < 0
+    assert co.axis_limits([]) is None and co.axis_limits([((), summarise([5.0]))], [0])[0] < 0
 
 
 def test_figures_show_every_run_and_the_line_at_zero():
@@ -414,7 +414,7 @@ def test_the_page_of_ablations_with_some_results(show):
     assert "**33 of 39 planned runs are missing**" in shown and "**None of the 33" in shown
 
 
-def test_the_page_of_scenes_asks_for_differences_of_differences(show):
+def test_the_page_of_scenes_shows_differences_of_differences(show):
     # SE adds 1 in large lit scenes (rows 0, 1) and 3 in small dark ones (rows 12, 13); nothing else was run.
     name = "scenes-size-brightness"
     found = results_of(name, {0: 20.0, 1: 21.0, 12: 5.0, 13: 8.0})

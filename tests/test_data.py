@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from scsa_book import places
+from scsa_book import paths
 from scsa_book.data import fashion, images, loading
-from scsa_book.data.images import Draw, load_set
-from scsa_book.places import DataError
+from scsa_book.data.images import BatchIndices, load_dataset
+from scsa_book.paths import DataError
 
 
 def draw(dataset, *indices, seed=0):
-    return dataset[Draw(torch.tensor(indices), seed)]
+    return dataset[BatchIndices(torch.tensor(indices), seed)]
 
 
 # ---- places
@@ -33,23 +33,23 @@ def draw(dataset, *indices, seed=0):
 
 def test_the_book_is_found_from_inside_and_around_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT / "nbs" / "training")
-    assert places.book_root() == ROOT
+    assert paths.book_root() == ROOT
     monkeypatch.chdir(tmp_path)
-    assert places.book_root() == ROOT
+    assert paths.book_root() == ROOT
 
 
 def test_another_book_wins_over_the_one_around_the_package(tmp_path):
     (tmp_path / "nbs" / "runs" / "deeper").mkdir(parents=True)
     (tmp_path / "_quarto.yml").touch()
-    assert places.book_root(tmp_path / "nbs" / "runs" / "deeper") == tmp_path
+    assert paths.book_root(tmp_path / "nbs" / "runs" / "deeper") == tmp_path
 
 
 def test_the_data_root_is_the_option_else_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("SCSA_BOOK_DATA", raising=False)
-    assert places.data_root() is None
+    assert paths.data_root() is None
     monkeypatch.setenv("SCSA_BOOK_DATA", str(tmp_path))
-    assert places.data_root() == tmp_path
-    assert places.data_root(tmp_path / "given") == tmp_path / "given"
+    assert paths.data_root() == tmp_path
+    assert paths.data_root(tmp_path / "given") == tmp_path / "given"
 
 
 # ---- the embedded sample
@@ -104,7 +104,7 @@ def test_a_file_of_another_format_is_refused(tmp_path):
         fashion.read_idx(path)
 
 
-def test_pictures_of_a_figure_go_through_the_classes():
+def test_images_of_a_figure_go_through_the_classes():
     x, y = fashion.sample_images(20)
     assert y.tolist() == [*range(10), *range(10)] and x.shape == (20, 1, 28, 28)
     assert 0 <= x.min() and x.max() <= 1
@@ -121,16 +121,16 @@ def test_a_figure_needs_neither_torchvision_nor_lightning():
 # ---- sets
 
 
-def test_mean_and_deviation_are_those_of_the_training_pictures():
-    clothes = load_set("fashion-mnist")
+def test_mean_and_deviation_are_those_of_the_training_images():
+    clothes = load_dataset("fashion-mnist")
     pixels = clothes.train.images.float() / 255
     assert clothes.mean == (round(pixels.mean().item(), 3),)
     assert clothes.std == (round(pixels.std().item(), 3),)
 
 
-def test_the_fingerprint_is_of_the_pictures(monkeypatch):
-    before = load_set("fashion-mnist").fingerprint
-    assert before == load_set("fashion-mnist", train_images=100).fingerprint
+def test_the_fingerprint_is_of_the_images(monkeypatch):
+    before = load_dataset("fashion-mnist").fingerprint
+    assert before == load_dataset("fashion-mnist", train_images=100).fingerprint
     real = fashion.load_split
 
     def changed(split, folder=None):
@@ -139,11 +139,11 @@ def test_the_fingerprint_is_of_the_pictures(monkeypatch):
         return x, y
 
     monkeypatch.setattr(fashion, "load_split", changed)
-    assert load_set("fashion-mnist").fingerprint != before
+    assert load_dataset("fashion-mnist").fingerprint != before
 
 
-def test_few_pictures_keep_the_share_of_each_class():
-    clothes = load_set("fashion-mnist", train_images=130, test_images=10**6)
+def test_a_subset_keeps_the_share_of_each_class():
+    clothes = load_dataset("fashion-mnist", train_images=130, test_images=10**6)
     assert clothes.train.labels.bincount().tolist() == [13] * 10
     assert len(clothes.test) == 2000
 
@@ -151,11 +151,11 @@ def test_few_pictures_keep_the_share_of_each_class():
 @pytest.mark.parametrize("name", ["mnist", "folder:", "folder:../secrets", "cifar-100"])
 def test_an_unknown_set_lists_the_known_ones(name):
     with pytest.raises(ValueError, match="unknown dataset .*fashion-mnist, cifar100, imagenet, folder:NAME"):
-        load_set(name)
+        load_dataset(name)
 
 
 def test_random_changes_follow_the_seed_and_leave_the_generator_alone():
-    clothes = load_set("fashion-mnist", train_images=64).train
+    clothes = load_dataset("fashion-mnist", train_images=64).train
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
     first = draw(clothes, *range(64), seed=5)[0]
@@ -203,7 +203,7 @@ def cifar(tmp_path, monkeypatch):
 
 def test_cifar100_is_read(cifar):
     root, files = cifar
-    found = load_set("cifar100", root)
+    found = load_dataset("cifar100", root)
     assert len(found.train), len(found.test) == (200, 100)
     assert found.classes[3] == "c3" and found.train.labels[7] == 7
     expected = torch.from_numpy(files["test"]["data"][4].reshape(3, 32, 32))
@@ -213,7 +213,7 @@ def test_cifar100_is_read(cifar):
 
 def test_cifar100_is_found_through_the_environment(cifar, monkeypatch):
     monkeypatch.setenv("SCSA_BOOK_DATA", str(cifar[0]))
-    assert len(load_set("cifar100", train_images=50).train) == 50
+    assert len(load_dataset("cifar100", train_images=50).train) == 50
 
 
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
@@ -221,16 +221,16 @@ def test_a_missing_or_damaged_file_of_cifar100_is_named(cifar, name):
     path = cifar[0] / CIFAR100.base_folder / name
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(DataError, match=f"{name} of CIFAR-100 is damaged.*cifar-100-python.tar.gz"):
-        load_set("cifar100", cifar[0])
+        load_dataset("cifar100", cifar[0])
     path.unlink()
     with pytest.raises(DataError, match=f"no file {name} of CIFAR-100: .*cifar-100-python"):
-        load_set("cifar100", cifar[0])
+        load_dataset("cifar100", cifar[0])
 
 
 def test_a_folder_that_was_named_starts_no_download(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "download_cifar100", lambda root: pytest.fail("it did"))
     with pytest.raises(DataError, match="no file train"):
-        load_set("cifar100", tmp_path)
+        load_dataset("cifar100", tmp_path)
 
 
 def test_a_download_that_fails_says_where_to_get_it(tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_a_download_that_fails_says_where_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "download_folder", lambda: tmp_path)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
     with pytest.raises(DataError, match="unreachable.*toronto.edu.*data_root, or SCSA_BOOK_DATA"):
-        load_set("cifar100")
+        load_dataset("cifar100")
 
 
 # ---- folders of pictures
@@ -261,7 +261,7 @@ def birds(tmp_path):
 
 
 def test_a_folder_is_read(birds):
-    found = load_set("folder:birds", birds)
+    found = load_dataset("folder:birds", birds)
     assert found.classes == ("finch", "wren") and found.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
     for half in (found.train, found.test):
         x, y = draw(half, 0, 1, 2, 5)
@@ -272,20 +272,20 @@ def test_a_folder_is_read(birds):
 def test_crops_of_a_folder_follow_the_seed(birds):
     gradient = np.tile(np.arange(250, dtype=np.uint8)[:, None, None], (1, 250, 3))
     Image.fromarray(gradient).save(birds / "birds" / "train" / "finch" / "a.png")
-    train = load_set("folder:birds", birds).train
+    train = load_dataset("folder:birds", birds).train
     assert torch.equal(draw(train, 0, seed=1)[0], draw(train, 0, seed=1)[0])
     assert not torch.equal(draw(train, 0, seed=1)[0], draw(train, 0, seed=2)[0])
 
 
 def test_the_fingerprint_of_a_folder_is_of_names_and_sizes(birds):
-    before = load_set("folder:birds", birds).fingerprint
-    assert load_set("folder:birds", birds).fingerprint == before
+    before = load_dataset("folder:birds", birds).fingerprint
+    assert load_dataset("folder:birds", birds).fingerprint == before
     (birds / "birds" / "val" / "wren" / "a.png").rename(birds / "birds" / "val" / "wren" / "d.png")
-    assert load_set("folder:birds", birds).fingerprint != before
+    assert load_dataset("folder:birds", birds).fingerprint != before
 
 
-def test_few_pictures_of_a_folder(birds):
-    assert load_set("folder:birds", birds, test_images=4).test.labels.tolist() == [0, 1, 0, 1]
+def test_a_subset_of_a_folder(birds):
+    assert load_dataset("folder:birds", birds, test_images=4).test.labels.tolist() == [0, 1, 0, 1]
 
 
 def harmed(birds, harm):
@@ -315,13 +315,13 @@ def harmed(birds, harm):
 )
 def test_what_is_wrong_with_a_folder_is_said(birds, harm, said):
     with pytest.raises(DataError, match=said):
-        load_set("folder:birds", harmed(birds, harm))
+        load_dataset("folder:birds", harmed(birds, harm))
 
 
-def test_a_damaged_picture_is_named(birds):
+def test_a_damaged_image_is_named(birds):
     path = birds / "birds" / "train" / "finch" / "b.jpg"
     path.write_bytes(path.read_bytes()[:200])
-    train = load_set("folder:birds", birds).train
+    train = load_dataset("folder:birds", birds).train
     with pytest.raises(DataError, match=r"cannot decode b.jpg .*train/finch. Replace or remove"):
         draw(train, 1)
 
@@ -329,7 +329,7 @@ def test_a_damaged_picture_is_named(birds):
 def test_a_folder_needs_a_data_root(monkeypatch):
     monkeypatch.delenv("SCSA_BOOK_DATA", raising=False)
     with pytest.raises(DataError, match="no data root for imagenet: neither data_root nor SCSA_BOOK_DATA"):
-        load_set("imagenet")
+        load_dataset("imagenet")
 
 
 # ---- the order of the pictures
@@ -341,18 +341,18 @@ SIZES = {"total": st.integers(1, 200), "batch": st.integers(2, 50), "world": st.
 def parts(total, batch, world, shuffle, epoch=3, seed=0):
     found = []
     for rank in range(world):
-        draws = loading.EpochDraws(total, batch, seed, shuffle, rank, world)
-        draws.set_epoch(epoch)
-        found.append(list(draws))
-        assert len(draws) == len(found[-1])
+        sampler = loading.EpochSampler(total, batch, seed, shuffle, rank, world)
+        sampler.set_epoch(epoch)
+        found.append(list(sampler))
+        assert len(sampler) == len(found[-1])
     return found
 
 
 @settings(max_examples=60, deadline=None)
 @given(**SIZES, shuffle=st.booleans())
-def test_processes_share_each_batch_and_no_picture_comes_twice(total, batch, world, shuffle):
+def test_processes_share_each_batch_and_no_image_comes_twice(total, batch, world, shuffle):
     found = parts(total, batch, world, shuffle)
-    alone = loading.EpochDraws(total, batch, 0, shuffle)
+    alone = loading.EpochSampler(total, batch, 0, shuffle)
     alone.set_epoch(3)
     seen = []
     for step, shares in enumerate(zip(*found, strict=True)):
@@ -368,27 +368,27 @@ def test_processes_share_each_batch_and_no_picture_comes_twice(total, batch, wor
 @given(total=st.integers(20, 200), seed=st.integers(0, 1000), epoch=st.integers(0, 300))
 def test_the_order_follows_from_seed_and_epoch(total, seed, epoch):
     def order(seed, epoch):
-        draws = loading.EpochDraws(total, 8, seed)
-        draws.set_epoch(epoch)
-        return [(d.indices.tolist(), d.seed) for d in draws]
+        sampler = loading.EpochSampler(total, 8, seed)
+        sampler.set_epoch(epoch)
+        return [(d.indices.tolist(), d.seed) for d in sampler]
 
     assert order(seed, epoch) == order(seed, epoch)
     assert order(seed, epoch) != order(seed, epoch + 1) != order(seed + 1, epoch)
 
 
-def test_every_training_step_has_two_pictures_a_process():
+def test_every_training_step_has_two_images_a_process():
     for total in range(2, 40):
         for share in parts(total, 6, 2, True):
             assert all(len(d.indices) >= 2 for d in share)
 
 
-def test_testing_goes_through_all_pictures_in_order():
-    draws = loading.EpochDraws(10, 4, seed=1, shuffle=False)
-    assert [d.indices.tolist() for d in draws] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+def test_evaluation_goes_through_all_images_in_order():
+    sampler = loading.EpochSampler(10, 4, seed=1, shuffle=False)
+    assert [d.indices.tolist() for d in sampler] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def batches(workers, epochs=(0, 1)):
-    module = loading.ImageModule(load_set("fashion-mnist", train_images=96), 32, seed=4, workers=workers)
+    module = loading.ImageModule(load_dataset("fashion-mnist", train_images=96), 32, seed=4, workers=workers)
     loader = module.train_dataloader()
     found = []
     for epoch in epochs:
@@ -397,7 +397,7 @@ def batches(workers, epochs=(0, 1)):
     return torch.stack(found)
 
 
-def test_worker_processes_change_no_picture():
+def test_worker_processes_change_no_image():
     assert torch.equal(batches(0), batches(2))
 
 
@@ -411,5 +411,5 @@ def test_loading_draws_nothing_from_the_runs_own_generator():
 
 def test_sets_in_memory_need_no_workers_on_a_cpu(birds, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert loading.good_workers(load_set("fashion-mnist").train) == 0
-    assert loading.good_workers(load_set("folder:birds", birds).train) >= 1
+    assert loading.good_workers(load_dataset("fashion-mnist").train) == 0
+    assert loading.good_workers(load_dataset("folder:birds", birds).train) >= 1

@@ -49,7 +49,7 @@ TINY = {
 
 
 REGIONS = {"rpn_post_nms_top_n_train": 100, "rpn_post_nms_top_n_test": 60, "box_detections_per_img": 15}
-FEW = {
+FEWER_PROPOSALS = {
     "faster_rcnn": REGIONS,
     "mask_rcnn": {**REGIONS, "box_batch_size_per_image": 32},
     "cascade_rcnn": REGIONS,
@@ -60,7 +60,7 @@ FEW = {
 def tiny(name="faster_rcnn", **options):
     "A detector of three classes that takes one step in a moment; its weights are always the same."
     torch.manual_seed(0)
-    return build_detector(name, 3, **{**TINY, **FEW[name], **options})
+    return build_detector(name, 3, **{**TINY, **FEWER_PROPOSALS[name], **options})
 
 
 def on_paper(name, classes=80, **options):
@@ -167,14 +167,14 @@ def test_what_attention_adds(attention, options, position, deltas):
 
 def resnet_macs(blocks, height, width):
     "MACs of a ResNet of bottlenecks without its classifier; sides are multiples of 32."
-    places = height * width // 4
-    macs, c_in = 49 * 3 * 64 * places, 64
-    places //= 4
+    positions = height * width // 4
+    macs, c_in = 49 * 3 * 64 * positions, 64
+    positions //= 4
     for stage, count in enumerate(blocks):
         p = 64 * 2**stage
-        fine, places = places, places // (4 if stage else 1)
-        macs += c_in * p * fine + (9 * p * p + 4 * p * p + c_in * 4 * p) * places
-        macs += (count - 1) * 17 * p * p * places
+        fine, positions = positions, positions // (4 if stage else 1)
+        macs += c_in * p * fine + (9 * p * p + 4 * p * p + c_in * 4 * p) * positions
+        macs += (count - 1) * 17 * p * p * positions
         c_in = 4 * p
     return macs
 
@@ -190,14 +190,14 @@ def sides(length, count, stride=4):
 def pyramid_macs(name, height, width, classes=80, proposals=1000, masks=100, channels=256):
     "Pyramid and heads, in mmdetection 3's layout."
     first = 8 if name == "retinanet" else 4
-    places = [h * w for h, w in zip(sides(height, 5, first), sides(width, 5, first), strict=True)]
+    positions = [h * w for h, w in zip(sides(height, 5, first), sides(width, 5, first), strict=True)]
     c2, square = channels**2, 9 * channels**2
     stages = [256, 512, 1024, 2048][-3 if name == "retinanet" else -4 :]
-    macs = sum((c * channels + square) * n for c, n in zip(stages, places, strict=False))
+    macs = sum((c * channels + square) * n for c, n in zip(stages, positions, strict=False))
     if name == "retinanet":
-        macs += 9 * 2048 * channels * places[3] + square * places[4]
-        return macs + sum((8 * square + 9 * channels * 9 * (classes + 4)) * n for n in places)
-    macs += sum((square + channels * 3 * 5) * n for n in places)
+        macs += 9 * 2048 * channels * positions[3] + square * positions[4]
+        return macs + sum((8 * square + 9 * channels * 9 * (classes + 4)) * n for n in positions)
+    macs += sum((square + channels * 3 * 5) * n for n in positions)
     boxes = 4 if name == "cascade_rcnn" else 4 * classes
     head = 49 * channels * 1024 + 1024**2 + 1024 * (classes + 1 + boxes)
     macs += proposals * head * (3 if name == "cascade_rcnn" else 1)
@@ -271,7 +271,7 @@ def peer(name):
         sizes = tuple(tuple(int(s * 2 ** (i / 3)) for i in range(3)) for s in (32, 64, 128, 256, 512))
         generator = models.detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
         head = {"anchor_generator": generator}
-    return kind(backbone, num_classes=4, **PEER, **FEW[name], **head)
+    return kind(backbone, num_classes=4, **PEER, **FEWER_PROPOSALS[name], **head)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_names_and_shapes_are_those_of_torchvision(name, make):
 def test_losses_and_detections_are_those_of_torchvision(name):
     stock = peer(name)
     torch.manual_seed(1)
-    ours = build_detector(name, 3, backbone="resnet18", **PEER, **FEW[name])
+    ours = build_detector(name, 3, backbone="resnet18", **PEER, **FEWER_PROPOSALS[name])
     ours.load_state_dict(stock.state_dict())
     images, targets = batch()
     torch.manual_seed(2)
@@ -383,7 +383,7 @@ def test_a_level_of_c5_is_of_c5_when_the_widths_agree():
         torch.testing.assert_close(maps["p6"], expected)
 
 
-def test_predictors_place_classes_at_their_numbers():
+def test_predictors_order_classes_at_their_numbers():
     x = torch.rand(5, 8)
     for boxes, outputs in {"background": 16, "classes": 12, "shared": 4}.items():
         predictor = BoxPredictor(8, 3, boxes)
@@ -424,7 +424,7 @@ def test_it_trains_and_evaluates(name, attention, options):
 
 
 @EACH
-def test_a_few_steps_find_the_boxes(name):
+def test_training_steps_find_the_boxes(name):
     detector = tiny(name, attention="se", width=16).train()
     images, targets = batch()
     optimizer = torch.optim.AdamW(detector.parameters(), 3e-3)
@@ -488,9 +488,9 @@ def test_copies_pickles_and_state_dicts(name):
         for p in other.parameters():
             p.add_(1)
     other.load_state_dict(detector.state_dict())
-    for twin in (other.eval(), copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+    for copied in (other.eval(), copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
         with torch.no_grad():
-            torch.testing.assert_close(twin(images), detector(images))
+            torch.testing.assert_close(copied(images), detector(images))
 
 
 def test_attention_draws_after_the_stock_weights():
@@ -524,7 +524,7 @@ def test_stock_weights_load(norm):
 
 
 @pytest.mark.parametrize("height", [33, 45, 64, 66, 67, 100])
-def test_regions_come_from_the_right_places(height):
+def test_regions_come_from_the_right_positions(height):
     # torchvision's own pool guesses strides from the first image: wrong where padding is much of it.
     detector = tiny(min_size=64, max_size=160)
     pool = detector.roi_heads.box_roi_pool
@@ -592,7 +592,7 @@ def test_frozen_norms_are_constants():
 
 def test_freezing_can_be_undone_by_none():
     pyramid = Pyramid(stages_of("resnet18", width=8), channels=8)
-    assert freeze(pyramid, 0).train().still == ()
+    assert freeze(pyramid, 0).train().frozen_modules == ()
     assert all(m.training for m in pyramid.modules())
     for wrong in (-1, 5):
         with pytest.raises(ValueError, match=f"frozen_stages={wrong} must be 0 to 4"):

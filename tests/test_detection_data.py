@@ -18,17 +18,17 @@ from torchvision.transforms import v2
 
 from scsa_book.data import annotations as ann
 from scsa_book.data import detection, fashion, loading, scenes
-from scsa_book.data.detection import detection_set
-from scsa_book.data.images import Draw
+from scsa_book.data.detection import detection_dataset
+from scsa_book.data.images import BatchIndices
 from scsa_book.data.scenes import SceneOptions, scene
-from scsa_book.places import DataError
+from scsa_book.paths import DataError
 
 
 def draw(half, *indices, seed=0):
-    return half[Draw(torch.tensor(indices, dtype=torch.long), seed)]
+    return half[BatchIndices(torch.tensor(indices, dtype=torch.long), seed)]
 
 
-def picture(path, size=(40, 30), shade=200):
+def write_image(path, size=(40, 30), shade=200):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (shade, 10, 10)).save(path)
     return path
@@ -49,7 +49,7 @@ def listed(name):
 
 
 @pytest.mark.parametrize(("name", "files"), [("bccd", 734), ("coco-mini", 161)])
-def test_an_embedded_set_is_the_files_that_it_lists(name, files):
+def test_an_embedded_dataset_is_the_files_that_it_lists(name, files):
     folder, sums = listed(name)
     here = {f"./{p.relative_to(folder).as_posix()}" for p in folder.rglob("*") if p.is_file()}
     assert here == {*sums, "./SHA256SUMS"} and len(sums) == files and "./SOURCE.md" in sums
@@ -76,32 +76,32 @@ def test_the_embedded_data_may_be_given_on():
 
 
 def test_blood_cells_are_read_and_the_two_clicks_are_reported():
-    cells = detection_set("bccd")
+    cells = detection_dataset("bccd")
     assert (len(cells.train), len(cells.test)) == (292, 72)
     labels = Counter()
     for half in (cells.train, cells.test):
-        labels.update(label for p in half.pictures for label in p.labels.tolist())
+        labels.update(label for p in half.images for label in p.labels.tolist())
     assert [labels[i] for i in (1, 2, 3)] == [4153, 372, 361] and cells.classes[0] == "RBC"
     assert len(cells.notes) == 2
     assert "BloodImage_00338.xml, object 13: box (504, 337, 504, 337) has no area" in cells.notes[0]
-    assert not {p.file for p in cells.train.pictures} & {p.file for p in cells.test.pictures}
+    assert not {p.file for p in cells.train.images} & {p.file for p in cells.test.images}
 
 
-def test_coco_mini_is_read_with_masks_crowds_and_empty_pictures():
-    coco = detection_set("coco-mini", masks=True)
+def test_coco_mini_is_read_with_masks_crowds_and_empty_images():
+    coco = detection_dataset("coco-mini", masks=True)
     assert (len(coco.train), len(coco.test), len(coco.classes)) == (92, 66, 80)
-    assert [sum(p.crowd.sum() for p in half.pictures) for half in (coco.train, coco.test)] == [9, 8]
-    assert [sum(len(p.labels) == 0 for p in half.pictures) for half in (coco.train, coco.test)] == [1, 2]
-    assert not {p.file.name for p in coco.train.pictures} & {p.file.name for p in coco.test.pictures}
-    index = next(i for i, p in enumerate(coco.test.pictures) if p.crowd.any())
+    assert [sum(p.crowd.sum() for p in half.images) for half in (coco.train, coco.test)] == [9, 8]
+    assert [sum(len(p.labels) == 0 for p in half.images) for half in (coco.train, coco.test)] == [1, 2]
+    assert not {p.file.name for p in coco.train.images} & {p.file.name for p in coco.test.images}
+    index = next(i for i, p in enumerate(coco.test.images) if p.crowd.any())
     [image], [target] = draw(coco.test, index)
     assert target["masks"].shape == (len(target["labels"]), *image.shape[1:])
-    assert target["iscrowd"].sum() == coco.test.pictures[index].crowd.sum()
+    assert target["iscrowd"].sum() == coco.test.images[index].crowd.sum()
 
 
 def test_masks_of_coco_have_the_stated_area():
-    coco = detection_set("coco-mini", masks=True)
-    ratios = [ann.masks_of(p).sum((1, 2)) / p.area for p in coco.test.pictures[:20] if len(p.labels)]
+    coco = detection_dataset("coco-mini", masks=True)
+    ratios = [ann.masks_of(p).sum((1, 2)) / p.area for p in coco.test.images[:20] if len(p.labels)]
     assert abs(np.median(np.concatenate(ratios)) - 1) < 0.02
 
 
@@ -126,17 +126,17 @@ def coco_content():
     }  # fmt: skip
 
 
-def coco_folder(place, content=None, test=None):
+def coco_folder(folder, content=None, test=None):
     for half, value in (("train", content or coco_content()), ("val", test or content or coco_content())):
-        write(place / "annotations" / f"instances_{half}2017.json", json.dumps(value))
+        write(folder / "annotations" / f"instances_{half}2017.json", json.dumps(value))
         for name in ("a.jpg", "b.jpg"):
-            picture(place / f"{half}2017" / name)
-    return place
+            write_image(folder / f"{half}2017" / name)
+    return folder
 
 
 def test_coco_is_read(tmp_path):
-    half = detection.coco_half(coco_folder(tmp_path), "train")
-    a, b = half.pictures
+    half = detection.coco_split(coco_folder(tmp_path), "train")
+    a, b = half.images
     assert half.classes == ("car", "bus") and half.notes == ()
     assert a.boxes.tolist() == [[2, 3, 12, 23], [39, 0, 40, 30]] and a.labels.tolist() == [1, 2]
     assert a.crowd.tolist() == [False, True] and a.area.tolist() == [200, 30] and a.image_id == 11
@@ -146,9 +146,9 @@ def test_coco_is_read(tmp_path):
     assert len(b.labels) == 0 and ann.masks_of(b).shape == (0, 30, 40)
 
 
-def test_crowds_are_left_out_for_learning_and_kept_for_testing(tmp_path):
+def test_crowds_are_left_out_for_training_and_kept_for_evaluation(tmp_path):
     coco_folder(tmp_path / "mine")
-    mine = detection_set("coco:mine", tmp_path, masks=True, augment="none")
+    mine = detection_dataset("coco:mine", tmp_path, masks=True, augment="none")
     [_, empty], [learn, nothing] = draw(mine.train, 0, 1)
     _, [test] = draw(mine.test, 0)
     assert learn["labels"].tolist() == [1] and learn["iscrowd"].tolist() == [0]
@@ -188,35 +188,35 @@ def test_what_is_wrong_with_a_coco_file_is_said(tmp_path, text, said):
     coco_folder(tmp_path)
     write(tmp_path / "annotations/instances_train2017.json", text)
     with pytest.raises(DataError, match=said):
-        detection.coco_half(tmp_path, "train")
+        detection.coco_split(tmp_path, "train")
 
 
-def test_missing_pictures_and_files_of_coco_are_named(tmp_path):
+def test_missing_images_and_files_of_coco_are_named(tmp_path):
     coco_folder(tmp_path / "mine")
     (tmp_path / "mine/train2017/b.jpg").unlink()
     with pytest.raises(DataError, match="1 of 2 pictures missing, first b.jpg: .*train2017. A COCO folder"):
-        detection_set("coco:mine", tmp_path)
+        detection_dataset("coco:mine", tmp_path)
     (tmp_path / "mine/annotations/instances_train2017.json").unlink()
     with pytest.raises(DataError, match=r"0 files instances_train\*.json, not one: .*annotations"):
-        detection_set("coco:mine", tmp_path)
+        detection_dataset("coco:mine", tmp_path)
 
 
-def test_halves_with_other_classes_are_refused(tmp_path):
+def test_splits_with_other_classes_are_refused(tmp_path):
     other = coco_content()
     other["categories"][0]["name"] = "tram"
     coco_folder(tmp_path / "mine", test=other)
     with pytest.raises(DataError, match="classes of the halves differ: bus, tram"):
-        detection_set("coco:mine", tmp_path)
+        detection_dataset("coco:mine", tmp_path)
 
 
-def test_a_picture_of_another_size_or_damaged_is_named(tmp_path):
+def test_a_image_of_another_size_or_damaged_is_named(tmp_path):
     coco_folder(tmp_path / "mine")
-    picture(tmp_path / "mine/train2017/a.jpg", size=(20, 15))
+    write_image(tmp_path / "mine/train2017/a.jpg", size=(20, 15))
     with pytest.raises(DataError, match="a.jpg is 15 x 20, its annotation says 30 x 40: .*train2017"):
-        draw(detection_set("coco:mine", tmp_path).train, 0)
+        draw(detection_dataset("coco:mine", tmp_path).train, 0)
     write(tmp_path / "mine/train2017/a.jpg", "no picture")
     with pytest.raises(DataError, match="cannot decode a.jpg"):
-        draw(detection_set("coco:mine", tmp_path).train, 0)
+        draw(detection_dataset("coco:mine", tmp_path).train, 0)
 
 
 def test_boxes_outside_are_clipped_and_those_without_area_dropped(tmp_path):
@@ -225,9 +225,9 @@ def test_boxes_outside_are_clipped_and_those_without_area_dropped(tmp_path):
     content["annotations"] = [
         {"id": i, "image_id": 11, "category_id": 3, "bbox": box} for i, box in enumerate(boxes)
     ]
-    half = detection.coco_half(coco_folder(tmp_path, content), "train")
-    assert half.pictures[0].boxes.tolist() == [[0, 4, 5, 14], [35, 4, 40, 7]]
-    assert half.pictures[0].outlines is None
+    half = detection.coco_split(coco_folder(tmp_path, content), "train")
+    assert half.images[0].boxes.tolist() == [[0, 4, 5, 14], [35, 4, 40, 7]]
+    assert half.images[0].outlines is None
     said = [note.split(", ", 1)[1] for note in half.notes]
     assert said[0] == "annotation 0: box (-5, 4, 5, 14) clipped to 40 x 30"
     assert [s.split(":")[0] for s in said[1:]] == ["annotation 2", "annotation 3", "annotation 4"]
@@ -247,40 +247,40 @@ def voc_text(objects, size=(40, 30)):
     return f"<annotation><filename>wrong.jpg</filename>{head}{body}</annotation>"
 
 
-def voc_folder(place, names=("p1",), split="trainval", text=None):
+def voc_folder(folder, names=("p1",), split="trainval", text=None):
     default = voc_text([("car", 0, 1, 1, 40, 30), ("bus", 1, 3, 4, 12, 23)])
-    write(place / "ImageSets/Main" / f"{split}.txt", "\n".join(names) + "\n")
+    write(folder / "ImageSets/Main" / f"{split}.txt", "\n".join(names) + "\n")
     for name in names:
-        picture(place / "JPEGImages" / f"{name}.jpg")
-        write(place / "Annotations" / f"{name}.xml", text or default)
-    return place
+        write_image(folder / "JPEGImages" / f"{name}.jpg")
+        write(folder / "Annotations" / f"{name}.xml", text or default)
+    return folder
 
 
 def test_voc_counts_pixels_from_one(tmp_path):
-    [p] = ann.read_voc(voc_folder(tmp_path), "trainval").pictures
+    [p] = ann.read_voc(voc_folder(tmp_path), "trainval").images
     assert p.boxes.tolist() == [[0, 0, 40, 30], [2, 3, 12, 23]], "a box of all pixels is the picture"
     assert p.labels.tolist() == [7, 6] and p.crowd.tolist() == [False, True]
 
 
-def test_voc_0712_has_both_years_for_learning(tmp_path):
+def test_voc_0712_has_both_years_for_training(tmp_path):
     kit = tmp_path / "voc0712/VOCdevkit"
     voc_folder(kit / "VOC2007", ("p1", "p2"))
     voc_folder(kit / "VOC2007", ("p3",), split="test")
     voc_folder(kit / "VOC2012", ("q1",))
-    found = detection_set("voc0712", tmp_path)
-    assert [p.file.stem for p in found.train.pictures] == ["p1", "p2", "q1"]
-    assert [p.image_id for p in found.train.pictures] == [0, 1, 2]
-    assert [p.file.stem for p in found.test.pictures] == ["p3"]
+    found = detection_dataset("voc0712", tmp_path)
+    assert [p.file.stem for p in found.train.images] == ["p1", "p2", "q1"]
+    assert [p.image_id for p in found.train.images] == [0, 1, 2]
+    assert [p.file.stem for p in found.test.images] == ["p3"]
 
 
 def test_voc_2012_alone_is_tested_on_its_validation_part(tmp_path):
     year = tmp_path / "voc2012/VOCdevkit/VOC2012"
     voc_folder(year, ("q1", "q2"), split="train")
     voc_folder(year, ("q3",), split="val")
-    found = detection_set("voc2012", tmp_path)
+    found = detection_dataset("voc2012", tmp_path)
     assert (len(found.train), len(found.test)) == (2, 1)
     with pytest.raises(DataError, match="Unpack trainval of VOC2012"):
-        detection_set("voc2012", tmp_path / "elsewhere")
+        detection_dataset("voc2012", tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -322,14 +322,14 @@ def test_missing_files_of_voc_are_named(tmp_path):
 VISDRONE = "2,3,10,20,1,4,0,0\n20,3,10,20,0,0,0,0,\n5,1,4,4,0,11,0,1\n1,1,3,3,0,2,0,0\n"
 
 
-def visdrone_folder(place, text=VISDRONE):
-    picture(place / "images/a.jpg")
-    write(place / "annotations/a.txt", text)
-    return place
+def visdrone_folder(folder, text=VISDRONE):
+    write_image(folder / "images/a.jpg")
+    write(folder / "annotations/a.txt", text)
+    return folder
 
 
 def test_visdrone_is_read_and_what_is_not_counted_is_a_crowd(tmp_path):
-    [p] = ann.read_visdrone(visdrone_folder(tmp_path), "train").pictures
+    [p] = ann.read_visdrone(visdrone_folder(tmp_path), "train").images
     assert p.boxes[0].tolist() == [2, 3, 12, 23] and (p.height, p.width) == (30, 40)
     assert p.labels.tolist() == [4, 0, 0, 2] and p.crowd.tolist() == [False, True, True, True]
 
@@ -337,7 +337,7 @@ def test_visdrone_is_read_and_what_is_not_counted_is_a_crowd(tmp_path):
 def test_a_region_without_a_class_is_a_crowd_of_each(tmp_path):
     for half in ("train", "val"):
         visdrone_folder(tmp_path / f"visdrone2019/VisDrone2019-DET-{half}")
-    found = detection_set("visdrone2019", tmp_path, augment="none")
+    found = detection_dataset("visdrone2019", tmp_path, augment="none")
     assert draw(found.train, 0)[1][0]["labels"].tolist() == [4]
     target = draw(found.test, 0)[1][0]
     assert sorted(target["labels"].tolist()) == sorted([4, *range(1, 11), *range(1, 11), 2])
@@ -377,21 +377,21 @@ def test_missing_files_of_visdrone_are_named(tmp_path):
 EXDARK_LIST = "Name | Class | Light | In/Out | Train/Val/Test\na.jpg 5 2 1 1\nb.png 6 1 2 2\nc.jpg 5 1 2 3\n"
 
 
-def exdark_folder(place, text="% bbGt version=3\nCar 2 3 10 20 0 0 0 0 0 0 0\nDog 1 1 5 5 0 0 0 0 0 0 0\n"):
+def exdark_folder(folder, text="% bbGt version=3\nCar 2 3 10 20 0 0 0 0 0 0 0\nDog 1 1 5 5 0 0 0 0 0 0 0\n"):
     for kind, name, disk in (("Car", "a.jpg", "a.JPG"), ("Cat", "b.png", "b.png"), ("Car", "c.jpg", "c.jpg")):
-        picture(place / "ExDark" / kind / disk)
-        write(place / "ExDark_Annno" / kind / f"{name}.txt", text)
-    write(place / "imageclasslist.txt", EXDARK_LIST)
-    return place
+        write_image(folder / "ExDark" / kind / disk)
+        write(folder / "ExDark_Annno" / kind / f"{name}.txt", text)
+    write(folder / "imageclasslist.txt", EXDARK_LIST)
+    return folder
 
 
 def test_exdark_is_read_by_its_own_split(tmp_path):
     exdark_folder(tmp_path / "exdark")
-    found = detection_set("exdark", tmp_path)
-    assert [p.file.name for p in found.train.pictures] == ["a.JPG", "b.png"]
-    assert [p.file.name for p in found.test.pictures] == ["c.jpg"]
-    assert found.test.pictures[0].boxes.tolist() == [[2, 3, 12, 23], [1, 1, 6, 6]]
-    assert [found.classes[i - 1] for i in found.test.pictures[0].labels] == ["Car", "Dog"]
+    found = detection_dataset("exdark", tmp_path)
+    assert [p.file.name for p in found.train.images] == ["a.JPG", "b.png"]
+    assert [p.file.name for p in found.test.images] == ["c.jpg"]
+    assert found.test.images[0].boxes.tolist() == [[2, 3, 12, 23], [1, 1, 6, 6]]
+    assert [found.classes[i - 1] for i in found.test.images[0].labels] == ["Car", "Dog"]
 
 
 @pytest.mark.parametrize(
@@ -438,18 +438,18 @@ def test_flir_is_coco_with_fifteen_of_its_classes(tmp_path):
         ],
     }
     for half in ("train", "val"):
-        place = tmp_path / f"flir-adas2/images_thermal_{half}"
-        write(place / "coco.json", json.dumps(content))
-        (place / "data").mkdir()
-        Image.new("L", (40, 30), 77).save(place / "data/a.jpg")
-    found = detection_set("flir-adas2", tmp_path)
+        folder = tmp_path / f"flir-adas2/images_thermal_{half}"
+        write(folder / "coco.json", json.dumps(content))
+        (folder / "data").mkdir()
+        Image.new("L", (40, 30), 77).save(folder / "data/a.jpg")
+    found = detection_dataset("flir-adas2", tmp_path)
     [image], [target] = draw(found.test, 0)
     assert target["labels"].tolist() == [15, 2] and len(found.classes) == 15
     assert image.shape == (3, 30, 40) and (image[0] == image[2]).all()
     assert "1 annotations of classes that are not used left out" in found.notes[0]
     (tmp_path / "flir-adas2/images_thermal_val/coco.json").unlink()
     with pytest.raises(DataError, match="no file coco.json: .*images_thermal_val. FLIR ADAS 2 has"):
-        detection_set("flir-adas2", tmp_path)
+        detection_dataset("flir-adas2", tmp_path)
 
 
 # ---- scenes
@@ -480,7 +480,7 @@ def test_scenes_are_exact(options, index, split):
         assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
 
 
-def test_a_mask_is_where_the_picture_changes():
+def test_a_mask_is_where_the_image_changes():
     "With the same random numbers but no garments, the picture differs exactly in the masks."
     options = SceneOptions(objects=6, overlap=0.5, noise=0)
     for index in range(10):
@@ -519,7 +519,7 @@ def test_scenes_are_the_same_on_each_call_and_differ_by_number_split_and_seed():
     assert all((a.image != other.image).any() for other in others)
 
 
-def test_scenes_that_differ_in_light_have_the_same_garments_in_the_same_places():
+def test_scenes_that_differ_in_light_have_the_same_items_at_the_same_positions():
     base = SceneOptions(noise=0)
     for change in ({"brightness": 0.2}, {"noise": 0.3}, {"brightness": 0.05, "noise": 0.1}):
         a, b = scene(base, "train", 3), scene(replace(base, **change), "train", 3)
@@ -538,7 +538,7 @@ def mean_over(options, n=60):
     }
 
 
-def test_each_dial_turns_what_it_says():
+def test_each_option_changes_what_it_says():
     usual = mean_over(SceneOptions())
     assert abs(usual["objects"] - 5) < 0.5 and abs(usual["size"] - 0.3) < 0.03
     assert abs(mean_over(SceneOptions(objects=14, size=0.1))["objects"] - 14) < 1
@@ -550,22 +550,22 @@ def test_each_dial_turns_what_it_says():
     assert flat.min() > 0.4 * flat.mean() and long[0] > 0.5 * long.sum()
 
 
-def test_training_and_test_garments_are_disjoint():
+def test_training_and_test_items_are_disjoint():
     train, test = fashion.split_indices("train"), fashion.split_indices("test")
     assert not set(train.tolist()) & set(test.tolist())
     images = fashion.load_sample()[0]
     for split, indices in (("train", train), ("test", test)):
         own = {images[i].numpy().tobytes() for i in indices}
-        drawn = [g.tobytes() for group in scenes.garments(split) for g in group]
+        drawn = [g.tobytes() for group in scenes.clothing_items(split) for g in group]
         assert len(drawn) == len(indices) and set(drawn) <= own
 
 
 def test_every_garment_shows_at_every_size():
     for split in scenes.SPLITS:
-        for group in scenes.garments(split):
+        for group in scenes.clothing_items(split):
             for garment in group[::40]:
                 for length in (4, 7, 28, 60):
-                    greys, mask = scenes.cut_out(garment, length)
+                    greys, mask = scenes.crop_item(garment, length)
                     assert mask.any() and max(greys.shape) == length
 
 
@@ -581,7 +581,7 @@ def test_every_garment_shows_at_every_size():
         ({"seed": -1}, "seed=-1 must be"),
     ],
 )
-def test_a_dial_outside_its_range_is_refused(options, said):
+def test_an_option_outside_its_range_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
         SceneOptions(**options)
 
@@ -605,7 +605,7 @@ def test_scenes_are_quick():
 
 
 def test_scenes_come_as_torchvision_wants_them():
-    found = detection_set("scenes", train_images=20, test_images=10, masks=True, augment="none")
+    found = detection_dataset("scenes", train_images=20, test_images=10, masks=True, augment="none")
     images, targets = draw(found.train, 4, 9)
     assert found.classes == fashion.CLASSES and (len(found.train), len(found.test)) == (20, 10)
     for image, target, index in zip(images, targets, (4, 9), strict=True):
@@ -624,7 +624,7 @@ def test_scenes_come_as_torchvision_wants_them():
 def test_a_detector_of_torchvision_takes_the_batches():
     from torchvision.models import detection as detectors
 
-    found = detection_set("scenes", train_images=4, masks=True)
+    found = detection_dataset("scenes", train_images=4, masks=True)
     torch.manual_seed(0)
     backbone = {"weights": None, "weights_backbone": None}
     network = detectors.maskrcnn_resnet50_fpn(**backbone, num_classes=11, min_size=64, max_size=64)
@@ -633,7 +633,7 @@ def test_a_detector_of_torchvision_takes_the_batches():
 
 
 def test_what_a_crop_leaves_fits_together():
-    found = detection_set("scenes", train_images=60, masks=True, augment="flip-crop")
+    found = detection_dataset("scenes", train_images=60, masks=True, augment="flip-crop")
     cropped = 0
     for seed in range(2):
         images, targets = draw(found.train, *range(60), seed=seed)
@@ -651,21 +651,21 @@ def test_what_a_crop_leaves_fits_together():
     assert cropped > 40
 
 
-def test_a_mirrored_picture_has_mirrored_objects():
-    found = detection_set("scenes", train_images=8, masks=True, augment="none")
+def test_a_mirrored_image_has_mirrored_objects():
+    found = detection_dataset("scenes", train_images=8, masks=True, augment="none")
     change = v2.RandomHorizontalFlip(p=1)
     for index in range(8):
         image, target = found.train.pair(index)
-        mirrored, moved = detection.changed(image, target, change)
+        mirrored, moved = detection.augmented(image, target, change)
         assert torch.equal(mirrored, image.flip(-1)) and torch.equal(moved["masks"], target["masks"].flip(-1))
         expected = torch.from_numpy(scenes.boxes_of(moved["masks"].numpy() > 0))
         assert torch.equal(moved["boxes"], expected) and torch.equal(moved["area"], target["area"])
 
 
-def test_pictures_without_objects_survive_every_augmentation(tmp_path):
+def test_images_without_objects_survive_every_augmentation(tmp_path):
     coco_folder(tmp_path / "mine")
     for augment in detection.AUGMENTS:
-        found = detection_set("coco:mine", tmp_path, masks=True, augment=augment)
+        found = detection_dataset("coco:mine", tmp_path, masks=True, augment=augment)
         for seed in range(5):
             _, [target] = draw(found.train, 1, seed=seed)
             assert target["boxes"].shape == (0, 4) and target["masks"].shape[0] == 0
@@ -673,7 +673,7 @@ def test_pictures_without_objects_survive_every_augmentation(tmp_path):
 
 @pytest.mark.parametrize("name", ["bccd", "scenes"])
 def test_worker_processes_change_no_batch(name):
-    found = detection_set(name, train_images=12, augment="flip-crop")
+    found = detection_dataset(name, train_images=12, augment="flip-crop")
 
     def batches(workers):
         module = loading.ImageModule(found, 4, seed=2, workers=workers)
@@ -694,36 +694,36 @@ def draws_of(found, seed):
 
 
 def test_drawing_leaves_the_runs_own_generator_alone():
-    found = detection_set("scenes", train_images=8, augment="flip-crop")
+    found = detection_dataset("scenes", train_images=8, augment="flip-crop")
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
     draw(found.train, 0, 1, 2)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_fewer_pictures_come_from_all_over_and_keep_the_fingerprint():
-    cells, some = detection_set("bccd"), detection_set("bccd", train_images=10, test_images=3)
-    every = [p.image_id for p in cells.train.pictures]
-    assert [p.image_id for p in some.train.pictures] == [every[i * 292 // 10] for i in range(10)]
+def test_fewer_images_come_from_all_over_and_keep_the_fingerprint():
+    cells, some = detection_dataset("bccd"), detection_dataset("bccd", train_images=10, test_images=3)
+    every = [p.image_id for p in cells.train.images]
+    assert [p.image_id for p in some.train.images] == [every[i * 292 // 10] for i in range(10)]
     assert some.fingerprint == cells.fingerprint and len(some.test) == 3
 
 
-def test_the_fingerprint_is_of_pictures_and_objects(tmp_path):
+def test_the_fingerprint_is_of_images_and_objects(tmp_path):
     coco_folder(tmp_path / "mine")
-    before = detection_set("coco:mine", tmp_path).fingerprint
-    assert detection_set("coco:mine", tmp_path).fingerprint == before
+    before = detection_dataset("coco:mine", tmp_path).fingerprint
+    assert detection_dataset("coco:mine", tmp_path).fingerprint == before
     content = coco_content()
     content["annotations"][0]["bbox"][0] = 3
     coco_folder(tmp_path / "mine", content)
-    moved = detection_set("coco:mine", tmp_path).fingerprint
-    picture(tmp_path / "mine/train2017/a.jpg", shade=3)
+    moved = detection_dataset("coco:mine", tmp_path).fingerprint
+    write_image(tmp_path / "mine/train2017/a.jpg", shade=3)
     shutil.copy(ROOT / "data/coco-mini/val2017" / "000000005001.jpg", tmp_path / "mine/train2017/b.jpg")
-    assert len({before, moved, detection_set("coco:mine", tmp_path).fingerprint}) == 3
+    assert len({before, moved, detection_dataset("coco:mine", tmp_path).fingerprint}) == 3
 
 
 def test_the_fingerprint_of_scenes_is_of_their_options():
-    one, other = (detection_set("scenes", scenes={"brightness": b}).fingerprint for b in (0.5, 0.4))
-    assert one != other and one == detection_set("scenes", scenes=SceneOptions(brightness=0.5)).fingerprint
+    one, other = (detection_dataset("scenes", scenes={"brightness": b}).fingerprint for b in (0.5, 0.4))
+    assert one != other and one == detection_dataset("scenes", scenes=SceneOptions(brightness=0.5)).fingerprint
 
 
 def test_mean_and_deviation_of_scenes_are_those_of_the_facts():
@@ -735,7 +735,7 @@ def test_mean_and_deviation_of_scenes_are_those_of_the_facts():
 
 def test_facts_agree_with_the_sets_that_are_here():
     for name in ("scenes", "bccd", "coco-mini"):
-        known, found = detection.facts(name), detection_set(name, train_images=4, test_images=2)
+        known, found = detection.facts(name), detection_dataset(name, train_images=4, test_images=2)
         assert known.embedded and known.classes == len(found.classes)
         assert detection.facts(name).masks == (name != "bccd")
         [image], _ = draw(found.test, 0)
@@ -762,15 +762,15 @@ def test_facts_agree_with_the_sets_that_are_here():
 def test_wrong_wishes_are_refused(arguments, said):
     name, options = (*arguments, {})[:2]
     with pytest.raises(ValueError, match=said):
-        detection_set(name, **options)
+        detection_dataset(name, **options)
 
 
 def test_sets_that_are_not_embedded_need_a_data_root(tmp_path, monkeypatch):
     monkeypatch.delenv("SCSA_BOOK_DATA", raising=False)
     with pytest.raises(DataError, match="no data root for exdark: neither data_root nor SCSA_BOOK_DATA"):
-        detection_set("exdark")
+        detection_dataset("exdark")
     with pytest.raises(DataError, match="no folder `coco2017`: .*cocodataset.org"):
-        detection_set("coco2017", tmp_path)
+        detection_dataset("coco2017", tmp_path)
 
 
 def test_masks_that_are_not_in_the_file_are_missed(tmp_path):
@@ -778,4 +778,4 @@ def test_masks_that_are_not_in_the_file_are_missed(tmp_path):
     del content["annotations"][0]["segmentation"]
     coco_folder(tmp_path / "mine", content)
     with pytest.raises(DataError, match="a.jpg has objects without masks"):
-        draw(detection_set("coco:mine", tmp_path, masks=True).train, 0)
+        draw(detection_dataset("coco:mine", tmp_path, masks=True).train, 0)

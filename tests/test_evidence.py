@@ -79,7 +79,7 @@ def test_the_omitted_cells_are_asked_for():
     extra = [c for c in cells("scsa", "IV", added=True) if c.added]
     assert len(extra) == 10 and {c.backbone for c in extra} == {"mobilenetv2"}
     assert [c.value for c in extra if c.metric == "params_M"] == ["4.07", "3.63"]
-    assert not {ledger.place(c) for c in extra} & {ledger.place(c) for c in cells()}
+    assert not {ledger.cell_key(c) for c in extra} & {ledger.cell_key(c) for c in cells()}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_omitted_cells_are_asked_for():
         (dict(backbone="vgg"), ["'mobilenetv2'", "'resnet101'", "'resnet50'", "'shufflenetv2'"]),
     ],
 )
-def test_a_wrong_question_is_answered_with_the_right_ones(question, words):
+def test_a_wrong_filter_lists_the_possible_values(question, words):
     with pytest.raises(ValueError) as error:
         cells(**question)
     assert all(word in str(error.value) for word in words)
@@ -170,24 +170,24 @@ def test_a_convention_counts_on_top_of_matrix_work():
 
 
 @pytest.mark.parametrize("size", [(224, 224), (3, 0, 224), (1, 3, 224, 224), 224, (3, 22.0, 22), None])
-def test_a_wrong_size_is_told(size):
+def test_a_wrong_size_is_refused(size):
     with pytest.raises(ValueError, match="channels, height, width"):
         cost(nn.Identity(), size)
 
 
 @pytest.mark.parametrize("convention", ["trace", None, {}])
-def test_a_wrong_convention_is_told(convention):
+def test_a_wrong_convention_is_refused(convention):
     with pytest.raises(ValueError, match=r"not a Convention; take .* scsa_book\.evidence\.conventions"):
         cost(nn.Identity(), (3, 4, 4), convention)
 
 
-def test_wrong_channels_are_told():
+def test_wrong_channels_are_refused():
     with pytest.raises(ValueError, match=r"Conv2d: the pass fails for input_size=\(4, 5, 5\)"):
         cost(nn.Conv2d(3, 4, 1), (4, 5, 5))
 
 
 @pytest.mark.parametrize("decide", [lambda x: x * x.sum().item(), lambda x: x[x > 0]])
-def test_a_pass_that_depends_on_values_is_told(decide):
+def test_a_pass_that_depends_on_values_is_refused(decide):
     with pytest.raises(ValueError, match=r"depends on values.* forward= what counts"):
         cost(nn.Identity(), (3, 4, 4), forward=lambda _, x: decide(x))
 
@@ -223,12 +223,12 @@ def test_equal_runs_have_an_interval_of_no_width():
 
 
 @pytest.mark.parametrize("values", [[], [1, math.nan], [math.inf], [[1, 2]]])
-def test_what_is_no_number_is_told(values):
+def test_what_is_no_number_is_refused(values):
     with pytest.raises(ValueError, match="finite"):
         summarise(values)
 
 
-def test_a_paired_difference_takes_the_shared_luck_out():
+def test_a_paired_difference_removes_what_the_seeds_share():
     a, b = {0: 91.0, 1: 93.0, 2: 95.5}, {0: 90.0, 1: 92.0, 2: 94.0, 3: 50.0}
     found = paired(a, b)
     assert found == summarise([1.0, 1.0, 1.5])
@@ -263,7 +263,7 @@ def test_pieces():
     assert verdict("matches", "close") == '<span class="verdict close">matches</span>'
 
 
-def test_a_crooked_table_is_told():
+def test_a_crooked_table_is_refused():
     with pytest.raises(ValueError, match="3 entries and the head 2"):
         table({"a": "", "b": ""}, [[1, 2, 3]], label="")
 
@@ -325,7 +325,7 @@ def test_verdicts_of_the_costs(everything):
 
 def test_the_cell_that_the_transcription_left_out(everything):
     [found] = [r for r in everything if r.cell.added and r.status == "differs"]
-    assert ledger.place(found.cell) == "scsa/IV/imagenet1k/mobilenetv2/scsa/params_M"
+    assert ledger.cell_key(found.cell) == "scsa/IV/imagenet1k/mobilenetv2/scsa/params_M"
     assert found.ours == "3.619" and found.count == 3_619_048 and "16 parameters" in found.note
 
 
@@ -346,9 +346,9 @@ def test_what_is_fitted_says_what_was_fitted(everything):
 
 def test_every_difference_has_its_reason(everything):
     assert all(r.note and r.see for r in everything if r.status == "differs" or r.twice)
-    places = {ledger.place(r.cell): r.status for r in everything}
-    assert all(places.get(place) == "differs" for place in ledger.REASONS), "a reason for a cell that agrees"
-    assert {p for p, status in places.items() if status == "differs"} == set(ledger.REASONS)
+    statuses = {ledger.cell_key(r.cell): r.status for r in everything}
+    assert all(statuses.get(key) == "differs" for key in ledger.REASONS), "a reason for a cell that agrees"
+    assert {p for p, status in statuses.items() if status == "differs"} == set(ledger.REASONS)
 
 
 def test_reasons_link_to_pages_that_exist(everything):
@@ -369,7 +369,7 @@ def test_what_is_not_measured_says_why(everything):
 
 
 def test_a_cost_that_is_not_kept_says_how_to_keep_it(monkeypatch):
-    monkeypatch.setattr(ledger, "kept", dict)
+    monkeypatch.setattr(ledger, "stored", dict)
     [found] = ledger.rows("scsa", "IV", backbone="resnet50", method="se", metric="params_M", results=[])
     assert found.status == "unmeasured" and "ledger --write" in found.note
 
@@ -412,10 +412,10 @@ def finished(attention=None, seed=0, top1=80.0, parameters=77_000, train_images=
 
 def sample_runs():
     means = {None: 80.0, "se": 80.0, "cbam": 75.0, "scsa": 83.0}
-    luck = [0.0, 0.5, -0.4]
+    noise = [0.0, 0.5, -0.4]
     wobble = {"se": [0.3, -0.3, 0.1], "cbam": [0.1, 0.0, 0.2], "scsa": [0.0, 0.1, 0.0]}
     return [
-        finished(name, seed, mean + luck[seed] + wobble.get(name, [0, 0, 0])[seed])
+        finished(name, seed, mean + noise[seed] + wobble.get(name, [0, 0, 0])[seed])
         for name, mean in means.items()
         for seed in (2, 0, 1)
     ]
@@ -514,7 +514,7 @@ def test_a_detector_stands_beside_detectors_of_its_kind():
     assert ap([no_masks], framework="mask_rcnn", table="II").status == "unmeasured"
 
 
-def test_another_place_does_not_stand_for_the_mechanism():
+def test_another_position_does_not_stand_for_the_mechanism():
     assert top1([finished("scsa", position="before_add")]).status == "unmeasured"
     assert top1([finished("scsa", position="before_last_conv")]).status == "other_scale"
 

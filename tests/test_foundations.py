@@ -35,7 +35,7 @@ def of_channels(x: Tensor, summary) -> Tensor:
     return z
 
 
-def of_places(x: Tensor, summary) -> Tensor:
+def of_positions(x: Tensor, summary) -> Tensor:
     B, C, H, W = x.shape
     z = torch.zeros(B, 1, H, W, dtype=torch.float64)
     for b in range(B):
@@ -66,9 +66,9 @@ LITERAL = {
     pooling.global_average: lambda x: of_channels(x, mean),
     pooling.global_maximum: lambda x: of_channels(x, max),
     pooling.global_entropy: lambda x: of_channels(x, entropy),
-    pooling.channel_average: lambda x: of_places(x, mean),
-    pooling.channel_maximum: lambda x: of_places(x, max),
-    pooling.channel_entropy: lambda x: of_places(x, entropy),
+    pooling.channel_average: lambda x: of_positions(x, mean),
+    pooling.channel_maximum: lambda x: of_positions(x, max),
+    pooling.channel_entropy: lambda x: of_positions(x, entropy),
 }
 every_pool = pytest.mark.parametrize("pool", LITERAL, ids=lambda pool: pool.__name__)
 
@@ -167,7 +167,7 @@ def test_entropy_stays_within_its_limits(x):
 
 @given(value=st.floats(-1e4, 1e4), n=st.integers(1, 50))
 @few
-def test_entropy_of_equal_places_is_the_logarithm_of_their_number(value, n):
+def test_entropy_of_equal_positions_is_the_logarithm_of_their_number(value, n):
     flat = torch.full((1, n, 1, n), value)
     assert pooling.global_entropy(flat).flatten().tolist() == pytest.approx([math.log(n)] * n, abs=1e-4)
     assert pooling.channel_entropy(flat).flatten().tolist() == pytest.approx([math.log(n)] * n, abs=1e-4)
@@ -239,17 +239,17 @@ def test_compiles_whole_and_exports_with_free_sizes(f):
 
 @every_function
 @pytest.mark.parametrize("shape", [(3, 4, 4), (1, 1, 3, 4, 4), (4,)], ids=str)
-def test_a_tensor_that_is_no_map_is_told(f, shape):
+def test_a_tensor_that_is_no_map_is_refused(f, shape):
     with pytest.raises(ValueError, match=r"got a tensor of shape .*takes \(batch, channels, height, width\)"):
         f(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True, "7", (7, 7)])
 @pytest.mark.parametrize("pool", [pooling.window_average, pooling.window_maximum])
-def test_a_bad_window_is_told(pool, window):
-    with pytest.raises(ValueError, match="must be a positive integer, or None") as told:
+def test_a_bad_window_is_refused(pool, window):
+    with pytest.raises(ValueError, match="must be a positive integer, or None") as message:
         pool(torch.zeros(1, 1, 4, 4), window)
-    assert repr(window) in str(told.value)
+    assert repr(window) in str(message.value)
 
 
 def test_a_check_says_who_refuses():
@@ -294,7 +294,7 @@ def test_every_gate_keeps_shape_dtype_and_a_finite_gradient(kind):
     assert gates.gate(torch.zeros(0, 3, 4), kind).shape == (0, 3, 4)
 
 
-def test_softmax_competes_among_channels_unless_told_otherwise():
+def test_softmax_competes_among_channels_unless_specified_otherwise():
     x = torch.randn(2, 3, 4, 5)
     torch.testing.assert_close(gates.gate(x, "softmax").sum(1), torch.ones(2, 4, 5))
 

@@ -56,7 +56,7 @@ def test_it_computes_what_a_cpu_computes(name):
 
 @MECHANISM
 @torch.no_grad()
-def test_half_precision_and_memory_format_are_kept(name):
+def test_reduced_precision_and_memory_format_are_kept(name):
     module, x = build(name).eval(), torch.randn(2, WIDTH, 15, 22)
     half = copy.deepcopy(module).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
     y = half(x.to("cuda", torch.bfloat16, memory_format=torch.channels_last))
@@ -66,7 +66,7 @@ def test_half_precision_and_memory_format_are_kept(name):
 
 @MECHANISM
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_mixed_precision_has_a_way_back(name, dtype):
+def test_mixed_precision_has_a_backward_pass(name, dtype):
     module = build(name).cuda()
     x = torch.randn(4, WIDTH, 15, 22, device="cuda", requires_grad=True)
     with torch.autocast("cuda", dtype=dtype):
@@ -131,7 +131,7 @@ def test_a_cpu_reads_what_a_gpu_left(where):
     config = test_training.tiny(attention="cbam")
     first = test_training.train(config, where)
     again = test_training.train(config, where.model_copy(update={"accelerator": "cpu"}))
-    x = test_training.pictures(config).test.images[:8]
+    x = test_training.dataset_of(config).test.images[:8]
     assert relative(again.task(x), first.task(x)) < 1e-5
 
 

@@ -137,7 +137,7 @@ def test_links_of_the_readme_lead_somewhere():
         assert [t for t in targets if not (ROOT / t).exists()] == []
 
 
-def test_commands_that_are_told_exist():
+def test_documented_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     goals = set(re.search(r"^\.PHONY: (.+)$", makefile, re.M)[1].split())
     for name in (
@@ -147,8 +147,8 @@ def test_commands_that_are_told_exist():
         ".github/workflows/test.yml",
         ".github/workflows/site.yml",
     ):
-        told = set(re.findall(r"\bmake ([a-z-]+)\b", (ROOT / name).read_text("utf-8")))
-        assert told <= goals, f"{name}: {told - goals}"
+        message = set(re.findall(r"\bmake ([a-z-]+)\b", (ROOT / name).read_text("utf-8")))
+        assert message <= goals, f"{name}: {message - goals}"
 
 
 def test_ci_does_what_a_reader_would():

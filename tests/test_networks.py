@@ -138,7 +138,7 @@ def test_counts_at_other_positions(make, name, options, expected):
     assert size(attend(on_paper(make), name, **options)) == expected
 
 
-def test_sk_in_its_place_counts_what_timm_counts():
+def test_sk_as_a_convolution_counts_what_timm_counts():
     ours = attend(on_paper(timm.create_model, "resnext50_32x4d"), "sk", position="instead_of_conv2")
     assert size(ours) == size(on_paper(timm.create_model, "skresnext50_32x4d"))
 
@@ -225,15 +225,15 @@ def test_block_computes_what_a_hand_written_one_does(kind, role, attention):
 
     (module,) = attentions(by_literal).values()
     x = torch.randn(2, 32, 9, 7)
-    places = (module, nn.Identity()) if literal == narrow else (nn.Identity(), module)
-    expected = by_hand(stock, x, *places)
+    positions = (module, nn.Identity()) if literal == narrow else (nn.Identity(), module)
+    expected = by_hand(stock, x, *positions)
     assert torch.allclose(by_literal(x), expected, atol=1e-6)
     assert not torch.allclose(stock(x), expected, atol=1e-3)
     if "basic" in kind:  # both places have the same width, so the wrong one would fit, too
-        assert not torch.allclose(by_hand(stock, x, *places[::-1]), expected, atol=1e-3)
+        assert not torch.allclose(by_hand(stock, x, *positions[::-1]), expected, atol=1e-3)
 
 
-def test_default_place_is_the_registered_one():
+def test_default_position_is_the_registered_one():
     expected = {"se": "bn2", "cbam": "bn2", "scsa": "conv2"}
     for attention, child in expected.items():
         network = attend(small_resnet(8, 10), attention)
@@ -415,15 +415,15 @@ def message(act, *args, **options):
 
 
 def test_wrong_position_lists_the_right_ones_with_channels():
-    told = message(attend, on_paper(models.resnet50), "se", position="before_projection")
-    assert "'before_projection'" in told
-    assert "after_conv2 (64, 128, 256, 512 channels)" in told
-    assert "after_conv3 (256, 512, 1024, 2048 channels)" in told
-    assert all(role in told for role in POSITIONS)
+    error = message(attend, on_paper(models.resnet50), "se", position="before_projection")
+    assert "'before_projection'" in error
+    assert "after_conv2 (64, 128, 256, 512 channels)" in error
+    assert "after_conv3 (256, 512, 1024, 2048 channels)" in error
+    assert all(role in error for role in POSITIONS)
 
 
 @pytest.mark.parametrize("position", ["between_stages", "after_last_stage"])
-def test_blocks_without_stages_are_told_another_way(position):
+def test_blocks_without_stages_are_offered_another_way(position):
     network = on_paper(models.mobilenet_v2)
     assert "after_block with blocks=" in message(attend, network, "bam", position=position)
     assert "with blocks=" not in message(attend, network, "bam", position="after_conv3")
@@ -432,8 +432,8 @@ def test_blocks_without_stages_are_told_another_way(position):
 
 
 def test_unknown_network_is_named_with_a_way_out():
-    told = message(attend, on_paper(models.vgg11), "se")
-    assert told.startswith("VGG ") and "attend_modules(" in told and "features.0, features.3" in told
+    error = message(attend, on_paper(models.vgg11), "se")
+    assert error.startswith("VGG ") and "attend_modules(" in error and "features.0, features.3" in error
     assert "VGG" in message(positions, on_paper(models.vgg11))
 
 
@@ -449,26 +449,26 @@ def test_unknown_network_is_named_with_a_way_out():
 def test_wrong_words_change_nothing(options, words):
     network = small_resnet(8, 10)
     before = list(network.state_dict())
-    told = message(attend, network, **options)
-    assert all(word in told for word in words), told
+    error = message(attend, network, **options)
+    assert all(word in error for word in words), error
     assert list(network.state_dict()) == before and not attentions(network)
 
 
 def test_nothing_is_inserted_when_a_late_block_fails():
     network = nn.Sequential(BasicBlock(16, 16), BasicBlock(6, 6))  # 6 do not divide by SCSA's 4 groups
-    told = message(attend, network, "scsa")
-    assert "1.conv2" in told and "6" in told
+    error = message(attend, network, "scsa")
+    assert "1.conv2" in error and "6" in error
     assert not attentions(network) and not hasattr(network[0].conv2, "attention")
 
 
 def test_a_layer_that_holds_attention_is_not_replaced():
     network = attend_modules(ResNet(Bottleneck, [1, 1, 1, 1]), "layer3.0.bn2", "se")
-    told = message(attend, network, "sk", position="instead_of_conv2")
-    assert "layer3.0.bn2" in told and len(attentions(network)) == 1
+    error = message(attend, network, "sk", position="instead_of_conv2")
+    assert "layer3.0.bn2" in error and len(attentions(network)) == 1
     assert isinstance(network.layer1[0].conv2, nn.Conv2d)
 
 
-def test_twice_at_one_place_is_refused_and_at_two_places_is_not():
+def test_twice_at_one_position_is_refused_and_at_two_is_not():
     network = tiny("se")
     assert "layer1.0.bn2" in message(attend, network, "cbam")
     attend(network, "scsa")
@@ -488,8 +488,8 @@ def test_modules_by_pattern():
 
 def test_channels_are_looked_up_with_an_example():
     network = tiny()
-    told = message(attend_modules, network, "layer?", "se")
-    assert "layer1.0, layer2.0, layer3.0" in told and "BasicBlock" in told and "example=" in told
+    error = message(attend_modules, network, "layer?", "se")
+    assert "layer1.0, layer2.0, layer3.0" in error and "BasicBlock" in error and "example=" in error
     before = copy.deepcopy(network.state_dict())
     attend_modules(network, "layer?", "se", example=torch.randn(1, 3, 32, 32))
     assert [m.channels for m in attentions(network).values()] == [16, 32, 64]
@@ -544,8 +544,8 @@ def test_own_modules_and_their_options():
     ],
 )
 def test_wrong_patterns(pattern, options, words):
-    told = message(attend_modules, tiny(), pattern, "se", **options)
-    assert all(word in told for word in words), told
+    error = message(attend_modules, tiny(), pattern, "se", **options)
+    assert all(word in error for word in words), error
 
 
 def test_attention_inside_attention_is_not_matched():
@@ -622,8 +622,8 @@ def test_another_number_of_classes():
     stock, _ = stock_and_attended()
     network = attend(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=3), "scsa")
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    told = message(load_stock, network, stock.state_dict())
-    assert "fc.weight is (5, 2048) instead of (3, 2048)" in told and 'skip=["fc.*"]' in told
+    error = message(load_stock, network, stock.state_dict())
+    assert "fc.weight is (5, 2048) instead of (3, 2048)" in error and 'skip=["fc.*"]' in error
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())  # nothing was loaded
     report = load_stock(network, stock.state_dict(), skip=["fc.*"])
     assert report.skipped == ("fc.weight", "fc.bias")
@@ -646,23 +646,23 @@ def test_what_does_not_fit_is_named_and_nothing_loads(spoil, words):
     state = dict(stock.state_dict())
     spoil(state)
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    told = message(load_stock, network, state)
-    assert all(word in told for word in words), told
+    error = message(load_stock, network, state)
+    assert all(word in error for word in words), error
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
 @pytest.mark.parametrize("given", [models.resnet18(), "resnet18.pth"])
 def test_what_is_no_state_dict(given):
-    told = message(load_stock, models.resnet18(), given)
-    assert type(given).__name__ in told and "model.state_dict()" in told and "torch.load(path)" in told
+    error = message(load_stock, models.resnet18(), given)
+    assert type(given).__name__ in error and "model.state_dict()" in error and "torch.load(path)" in error
 
 
-def test_a_part_is_told_how_to_load_the_whole():
+def test_the_error_of_a_part_says_how_to_load_the_whole():
     whole, part = models.resnet18(), Stages(models.resnet18())
     assert 'skip=["fc.*"]' in message(load_stock, part, whole.state_dict())
     assert len(load_stock(part, whole.state_dict(), skip=["fc.*"]).loaded) == 120
-    told = message(load_stock, part, whole.state_dict(), skip="head.*")
-    assert "skip='head.*' matches no name" in told
+    error = message(load_stock, part, whole.state_dict(), skip="head.*")
+    assert "skip='head.*' matches no name" in error
 
 
 def test_loading_onto_the_meta_device_is_refused():
@@ -681,12 +681,12 @@ def test_copies_own_their_attention(attention):
     buffer = io.BytesIO()
     torch.save(network, buffer)
     saved = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
-    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network)), saved):
-        assert torch.equal(twin(x), expected)
-        for module in attentions(twin).values():
+    for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network)), saved):
+        assert torch.equal(copied(x), expected)
+        for module in attentions(copied).values():
             for p in module.parameters():
                 p.data.fill_(3.0)
-        assert not torch.equal(twin(x), expected)
+        assert not torch.equal(copied(x), expected)
         assert torch.equal(network(x), expected)
 
 
@@ -962,5 +962,5 @@ def test_colour_networks_are_the_stock_ones():
     ],
 )
 def test_wrong_networks(arguments, words):
-    told = message(build, *arguments)
-    assert all(word in told for word in words), told
+    error = message(build, *arguments)
+    assert all(word in error for word in words), error

@@ -27,7 +27,7 @@ from scsa_book.evidence.tables import (
     tally,
     verdict,
 )  # fmt: skip
-from scsa_book.evidence.untold import SAME, Claim, claims, gain, interval
+from scsa_book.evidence.unreported import SAME, Claim, claims, gain, interval
 
 # ---- growth
 

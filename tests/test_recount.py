@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torchvision.models import get_model
 
 from scsa_book.attention import registry
-from scsa_book.evidence import ledger, recount, spelling
+from scsa_book.evidence import implementations, ledger, recount
 from scsa_book.evidence.conventions import CONVENTIONS, HOOKS, HOOKS_1D, HOOKS_OLD, THOP, TRACE
 from scsa_book.evidence.cost import MATRIX, Convention, cost, parameters
+from scsa_book.evidence.implementations import AVERAGE, CountedImplementation
 from scsa_book.evidence.published import METRICS, Cell, cells
-from scsa_book.evidence.spelling import AVERAGE, Spelled
 from scsa_book.networks.detection import build_detector, dense
 from scsa_book.networks.placement import attentions
 
@@ -137,7 +137,7 @@ def test_a_layer_that_is_called_by_keyword():
     assert macs(named, (4, 8, 12), HOOKS) == 6 * 5 * 96 + 2 * 6 * 96
 
 
-def test_nothing_watches_when_the_count_is_over():
+def test_no_hook_is_left_when_the_count_is_over():
     hooks = torch.nn.modules.module._global_forward_hooks
     before = dict(hooks)
 
@@ -166,7 +166,7 @@ def test_every_convention_has_a_name():
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
-def test_a_detector_needs_to_be_told_what_counts(kind):
+def test_a_detector_needs_a_forward_to_count(kind):
     with torch.device("meta"):
         detector = build_detector(kind, 80, backbone="resnet50")
     with pytest.raises(ValueError, match=r"forward= .* scsa_book\.networks\.detection\.dense"):
@@ -243,38 +243,38 @@ def test_every_form_is_the_form_of_some_cell():
     assert [pattern for pattern, form in recount.FORMS.items() if form not in used] == []
 
 
-@pytest.mark.parametrize("row", example_rows().values(), ids=recount.place)
-def test_a_spelling_has_the_parameters_of_the_mechanism(row):
+@pytest.mark.parametrize("row", example_rows().values(), ids=recount.cell_key)
+def test_an_implementation_has_the_parameters_of_the_mechanism(row):
     for module in attentions(recount.network_of(row)).values():
         with torch.device("meta"):
-            calls = module.spelling(module.channels, 28, 28)
+            calls = module.implementation(module.channels, 28, 28)
             layers = nn.ModuleList(layer for layer, _ in calls if isinstance(layer, nn.Module))
         name = recount.form_of(row).attention
         extra = BARE.get(name, lambda c: 0)(module.channels)
-        if recount.form_of(row).spelling is recount.sa_with_norm:
+        if recount.form_of(row).implementation is recount.sa_with_norm:
             extra -= 2 * module.channels  # the norm that was fitted
         if recount.form_of(row).options.get("transform"):  # without scales
             extra = 0
         assert parameters(module) == parameters(layers) + extra
 
 
-def test_a_spelling_hands_its_input_on():
+def test_an_implementation_returns_its_input():
     x = torch.rand(1, 256, 7, 9)
-    assert Spelled(spelling.ema)(x) is x
+    assert CountedImplementation(implementations.ema)(x) is x
 
 
-def test_a_spelling_adds_its_own_cost_and_no_more():
+def test_an_implementation_adds_its_own_cost_and_no_more():
     [cell] = cells("scsa", "IV", backbone="resnet50", method="cpca", metric="flops_G")
     [plain] = cells("scsa", "IV", backbone="resnet50", method="baseline", metric="flops_G")
     blocks = [(3, 64, 56), (4, 128, 28), (6, 256, 14), (3, 512, 7)]
-    one = Spelled(partial(spelling.cpca, reduction=16))
+    one = CountedImplementation(partial(implementations.cpca, reduction=16))
     own = sum(n * cost(one, (c, side, side), TRACE).macs for n, c, side in blocks)
     assert recount.count(cell) - recount.count(plain) == own
     assert round(own / 1e6) == 759
 
 
 def test_fca_pools_maps_of_another_size_than_its_cosines():
-    at = {side: macs(Spelled(spelling.fca), (512, side, side), TRACE) for side in (28, 56)}
+    at = {side: macs(CountedImplementation(implementations.fca), (512, side, side), TRACE) for side in (28, 56)}
     assert at == {28: 2 * 512 * 32, 56: 2 * 512 * 32 + 512 * 56 * 56}
 
 
@@ -343,7 +343,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("row", COUNTS)
 def test_parameters_as_with_the_authors_modules(row):
-    assert ledger.kept()[f"{row}/params_M"].count == COUNTS[row]
+    assert ledger.stored()[f"{row}/params_M"].count == COUNTS[row]
 
 
 # SCSA's tables I and V: what each network has, and what each mechanism adds to it
@@ -371,7 +371,7 @@ def test_parameters_of_detectors_and_segmentation(framework):
     for cell in cells("scsa", framework=framework, metric="params_M"):
         i = ("resnet50", "resnet101").index(cell.backbone)
         expected = PLAIN[framework][i] + ADDED[cell.method][i]
-        assert ledger.kept()[ledger.place(cell)].count == expected, cell
+        assert ledger.stored()[ledger.cell_key(cell)].count == expected, cell
 
 
 FLOPS = {  # G to four digits, or as many as were written down
@@ -435,7 +435,7 @@ def expected_flops():
 
 @pytest.mark.parametrize(("name", "giga"), list(expected_flops()))
 def test_flops_as_with_the_authors_modules(name, giga):
-    entry = ledger.kept()[name]
+    entry = ledger.stored()[name]
     unit = 2**30 if name.startswith("cat/4") else 10**9
     last = Decimal(1).scaleb(Decimal(giga).as_tuple().exponent)
     assert abs(Decimal(entry.count) / unit - Decimal(giga)) <= last * Decimal("0.6")
@@ -466,9 +466,9 @@ def test_cats_cells_need_three_maps():
 
 
 def test_sas_detectors_need_the_extra_norm():
-    plain = partial(spelling.sa, pools=(AVERAGE,))
+    plain = partial(implementations.sa, pools=(AVERAGE,))
     [cell] = cells("sanet", "3", framework="faster_rcnn", backbone="resnet50", method="sa", metric="flops_G")
-    assert with_form("sanet/3/*/sa", cell, spelling=plain).status == "differs"
+    assert with_form("sanet/3/*/sa", cell, implementation=plain).status == "differs"
 
 
 @pytest.mark.parametrize("size", [(800, 1152), (800, 1280), (800, 1333 // 32 * 32)])
@@ -500,20 +500,20 @@ def test_another_mix_of_the_same_mean_gives_most_of_table_v(monkeypatch):
 def test_a_cbam_with_a_floor_would_not_give_the_shufflenet():
     [cell] = cells("cat", "3", backbone="shufflenetv2", method="cbam", metric="params_M")
     assert with_form("cat/3/*/cbam", cell, options=recount.PLAIN).status == "differs"
-    assert ledger.kept()[ledger.place(cell)].status == "equal"
+    assert ledger.stored()[ledger.cell_key(cell)].status == "equal"
 
 
 def test_flops_that_agree():
-    found = [e for e in ledger.kept().values() if not e.place.endswith("params_M")]
-    listed = {ledger.place(c) for c in cells()}
-    statuses = [e.status for e in found if e.place in listed]
+    found = [e for e in ledger.stored().values() if not e.key.endswith("params_M")]
+    listed = {ledger.cell_key(c) for c in cells()}
+    statuses = [e.status for e in found if e.key in listed]
     assert (len(statuses), statuses.count("equal")) == (135, 129)
 
 
 # ---- forms, tools, networks
 
 
-def test_what_is_not_recorded_is_told():
+def test_what_is_not_recorded_is_refused():
     cell = Cell("scsa", "IV", "classification", "imagenet1k", "", "resnet50", "gct", "", "params_M", "1")
     with pytest.raises(recount.NoRecipe, match="Which GCT"):
         recount.count(cell)
@@ -544,7 +544,7 @@ def test_networks_are_built_without_weights():
 
 
 def test_matrix_work_alone_does_not_depend_on_how_a_mean_is_written():
-    by_layer, by_function = (Spelled(partial(spelling.se, pools=p)) for p in ((AVERAGE,), ()))
+    by_layer, by_function = (CountedImplementation(partial(implementations.se, pools=p)) for p in ((AVERAGE,), ()))
     assert macs(by_layer, (64, 9, 9), MATRIX) == macs(by_function, (64, 9, 9), MATRIX) == 2 * 64 * 4
     assert registry.create("se", 64, bias=False).reduce.weight.numel() == 64 * 4
 
@@ -553,15 +553,15 @@ def test_matrix_work_alone_does_not_depend_on_how_a_mean_is_written():
 
 
 def test_every_cost_is_kept_and_nothing_else():
-    kept = ledger.kept()
-    assert [e.place for e in kept.values()] == [ledger.place(c) for c in ledger.costs()]
-    assert {p: e.printed for p, e in kept.items()} == {ledger.place(c): c.value for c in ledger.costs()}
-    assert len(kept) == 269
+    stored = ledger.stored()
+    assert [e.key for e in stored.values()] == [ledger.cell_key(c) for c in ledger.costs()]
+    assert {p: e.printed for p, e in stored.items()} == {ledger.cell_key(c): c.value for c in ledger.costs()}
+    assert len(stored) == 269
 
 
 def test_kept_verdicts_follow_from_kept_counts():
     for cell in ledger.costs():
-        entry = ledger.kept()[ledger.place(cell)]
+        entry = ledger.stored()[ledger.cell_key(cell)]
         verdict = ledger.compare(cell.value, Decimal(entry.count) / recount.unit(cell))
         assert (entry.status, entry.twice) == (verdict.status, verdict.twice), entry
         assert entry.fitted == recount.is_fitted(cell), entry
@@ -573,50 +573,50 @@ def test_a_sample_counted_again():
         *ledger.costs(source="cat", table="3", backbone="shufflenetv2"),
         *ledger.costs(source="scsa", table="I", backbone="resnet50", method="scsa"),
     ]
-    told = []
-    found = ledger.recount_all(wanted, told.append)
-    assert ledger.changes(ledger.kept(), found) == [] and told == list(found.values())
+    message = []
+    found = ledger.recount_all(wanted, message.append)
+    assert ledger.changes(ledger.stored(), found) == [] and message == list(found.values())
 
 
 def test_changes_are_named():
-    kept = ledger.kept()
+    stored = ledger.stored()
     name = "scsa/IV/imagenet1k/resnet50/se/params_M"
-    other = replace(kept[name], count=28_071_976, status="differs")
-    [line] = ledger.changes(kept, {name: other})
+    other = replace(stored[name], count=28_071_976, status="differs")
+    [line] = ledger.changes(stored, {name: other})
     assert line == f"{name}: count 28073864 is now 28071976, status equal is now differs"
     assert ledger.changes({}, {name: other}) == [f"{name}: not kept yet, differs"]
 
 
 def test_what_is_written_is_read(tmp_path, monkeypatch):
-    before = ledger.kept()
-    monkeypatch.setattr(ledger, "KEPT", tmp_path / "verdicts.csv")
-    ledger.kept.cache_clear()
+    before = ledger.stored()
+    monkeypatch.setattr(ledger, "STORED", tmp_path / "verdicts.csv")
+    ledger.stored.cache_clear()
     assert ledger.write(before) == tmp_path / "verdicts.csv"
-    assert ledger.kept() == before
+    assert ledger.stored() == before
     monkeypatch.undo()
-    assert (tmp_path / "verdicts.csv").read_bytes() == ledger.KEPT.read_bytes()
-    ledger.kept.cache_clear()
+    assert (tmp_path / "verdicts.csv").read_bytes() == ledger.STORED.read_bytes()
+    ledger.stored.cache_clear()
 
 
-def few(monkeypatch):
+def subset(monkeypatch):
     wanted = ledger.costs(source="scsa", table="IV", backbone="mobilenetv2", method="baseline")
     monkeypatch.setattr(ledger, "costs", lambda: wanted)
     return wanted
 
 
 def test_the_command_fails_when_a_count_has_changed(monkeypatch, capsys):
-    [parameter, _] = few(monkeypatch)
-    name = ledger.place(parameter)
-    stale = ledger.kept() | {name: replace(ledger.kept()[name], count=1)}
-    monkeypatch.setattr(ledger, "kept", lambda: stale)
+    [parameter, _] = subset(monkeypatch)
+    name = ledger.cell_key(parameter)
+    stale = ledger.stored() | {name: replace(ledger.stored()[name], count=1)}
+    monkeypatch.setattr(ledger, "stored", lambda: stale)
     code, out, err = said(capsys, "ledger", "--check")
     assert code == 1 and out.strip() == f"{name}: count 1 is now 3504872"
     assert "1 of 2 costs changed" in err and f"2 of 2  equal    {name.rpartition('/')[0]}/flops_G" in err
 
 
 def test_the_command_writes(monkeypatch, capsys, tmp_path):
-    few(monkeypatch)
-    monkeypatch.setattr(ledger, "KEPT", tmp_path / "verdicts.csv")
+    subset(monkeypatch)
+    monkeypatch.setattr(ledger, "STORED", tmp_path / "verdicts.csv")
     code, out, _ = said(capsys, "ledger", "--write")
     assert code == 0 and "nothing has changed" in out and "written: " in out
     assert len((tmp_path / "verdicts.csv").read_text().splitlines()) == 3

@@ -36,7 +36,7 @@ def test_facts_and_registry_have_the_same_names():
 @EACH
 def test_facts_are_complete(name):
     f = mechanisms.fact(name)
-    assert f.place and f.parameters and f.macs
+    assert f.placement and f.parameters and f.macs
     assert (ROOT / "nbs" / mechanisms.chapter(name)).exists()
     if name in NO_CODE:
         assert not f.code and not f.licence

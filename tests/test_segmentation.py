@@ -71,8 +71,8 @@ DELTAS = {  # of the SCSA paper's Table I: form, R50, R101
 def test_upernet_has_the_published_parameters(backbone):
     network = on_paper(build_segmenter, "upernet", 150, backbone=backbone)
     assert size(network) == UPERNET[backbone]
-    judged = on_paper(build_segmenter, "upernet", 150, backbone=backbone, auxiliary=True)
-    assert size(judged) - size(network) == 2_398_358
+    counted = on_paper(build_segmenter, "upernet", 150, backbone=backbone, auxiliary=True)
+    assert size(counted) - size(network) == 2_398_358
 
 
 @pytest.mark.parametrize("name", DELTAS)
@@ -80,8 +80,8 @@ def test_attention_adds_the_published_parameters(name):
     options, position, *expected = DELTAS[name]
     for (backbone, base), delta in zip(UPERNET.items(), expected, strict=True):
         if delta is not None:
-            place = {"attention": name, "position": position, "options": options}
-            network = on_paper(build_segmenter, "upernet", 150, backbone=backbone, **place)
+            placing = {"attention": name, "position": position, "options": options}
+            network = on_paper(build_segmenter, "upernet", 150, backbone=backbone, **placing)
             assert size(network) - base == delta
 
 
@@ -126,24 +126,24 @@ def test_matrix_work_of_upernet_is_the_closed_form(backbone, blocks):
 def test_cost_of_danet_is_the_closed_form():
     network, side, C, K = on_paper(build_segmenter, "danet", 19), (512, 256), 512, 19
     N = positions_of(side, 8)
-    places = N * C * C * 10 // 8 + N * N * C * 9 // 8
-    head = 2 * 9 * 2048 * C * N + places + 2 * C * C * N + 2 * 9 * C * C * N + C * K * N
+    positions = N * C * C * 10 // 8 + N * N * C * 9 // 8
+    head = 2 * 9 * 2048 * C * N + positions + 2 * C * C * N + 2 * 9 * C * C * N + C * K * N
     assert cost(network, (3, *side)).macs == resnet_macs((3, 4, 6, 3), side, (4, 8, 8, 8)) + head
     convs = 2 * (9 * 2048 * C + 2 * C + 9 * C * C + 2 * C) + 3 * (C * K + K)
     assert size(network.head) == convs + (C * C * 10 // 8 + C * 10 // 8 + 1) + 1
 
 
 def test_scores_have_what_the_tools_count():
-    "The final enlargement has no matrix work, and `scores` leaves it out."
+    "The final enlargement has no matrix work, and `logits` leaves it out."
     network = small("upernet").eval()
     x, _ = batch()
     with FlopCounterMode(display=False) as whole:
         out = network(x)
     with FlopCounterMode(display=False) as part:
-        scores = network.scores(x)
+        logits = network.logits(x)
     assert whole.get_total_flops() == part.get_total_flops() > 0
-    assert scores.shape == (2, 5, 8, 12)
-    assert torch.equal(out, F.interpolate(scores, (32, 48), mode="bilinear", align_corners=False))
+    assert logits.shape == (2, 5, 8, 12)
+    assert torch.equal(out, F.interpolate(logits, (32, 48), mode="bilinear", align_corners=False))
 
 
 # ---- the steps, literally ----
@@ -205,8 +205,8 @@ def literal_upernet(head, maps):
     p2 = layer(head.laterals[0], c2) + enlarged(p3, c2)
     smooth = [layer(block, p) for block, p in zip(head.smooth, (p2, p3, p4), strict=True)]
     fused = layer(head.fuse, torch.cat([enlarged(p, c2) for p in (*smooth, p5)], 1))
-    _, scores = head.classify
-    return F.conv2d(fused, scores.weight, scores.bias)
+    _, logits = head.classify
+    return F.conv2d(fused, logits.weight, logits.bias)
 
 
 @pytest.mark.parametrize("side", [(16, 24), (9, 21)])
@@ -215,9 +215,9 @@ def test_the_head_of_upernet_is_what_it_says(side):
     head = shake(UPerHead(widths, 3, channels=4)).double().eval()
     sides = [tuple(-(-s // 2**k) for s in side) for k in range(4)]
     maps = [torch.randn(2, w, *s, dtype=torch.float64) for w, s in zip(widths, sides, strict=True)]
-    answers = head(maps)
-    assert list(answers) == ["out"]
-    assert torch.allclose(answers["out"], literal_upernet(head, maps))
+    outputs = head(maps)
+    assert list(outputs) == ["out"]
+    assert torch.allclose(outputs["out"], literal_upernet(head, maps))
 
 
 def test_the_auxiliary_head_stands_on_the_last_stage_but_one():
@@ -226,11 +226,11 @@ def test_the_auxiliary_head_stands_on_the_last_stage_but_one():
         if isinstance(module, nn.Dropout2d | nn.BatchNorm2d):
             module.eval()
     x, _ = batch()
-    block, _, scores = network.auxiliary
-    expected = F.conv2d(layer(block, network.backbone(x)[2]), scores.weight, scores.bias)
-    answers = network(x)
-    assert list(answers) == ["out", "aux"]
-    assert torch.allclose(answers["aux"], enlarged(expected, x), atol=1e-5)
+    block, _, logits = network.auxiliary
+    expected = F.conv2d(layer(block, network.backbone(x)[2]), logits.weight, logits.bias)
+    outputs = network(x)
+    assert list(outputs) == ["out", "aux"]
+    assert torch.allclose(outputs["aux"], enlarged(expected, x), atol=1e-5)
 
 
 # ---- dilation ----
@@ -297,8 +297,8 @@ def test_a_replaced_convolution_cannot_be_dilated(blocks):
     attend(network, "sk", position="instead_of_conv2", blocks=blocks)
     before = sizes(network)
     first = "layer3" if blocks == "*" else "layer4"
-    told = rf"{first}.0.conv2 \(Instead\) has the stride 2.* dilate before attend"
-    with pytest.raises(ValueError, match=told):
+    message = rf"{first}.0.conv2 \(Instead\) has the stride 2.* dilate before attend"
+    with pytest.raises(ValueError, match=message):
         dilate(network)
     assert sizes(network) == before  # layer3 too, where only layer4 is in the way
     later = attend(dilate(on_paper(models.resnet50)), "sk", position="instead_of_conv2", blocks=blocks)
@@ -370,27 +370,27 @@ def test_the_maps_of_the_dual_head_are_those_it_multiplies_by():
         assert torch.allclose(share.sum(-1), torch.ones(()), atol=1e-5)
     before, attention, after = network.head.channel
     narrow = before(maps[-1])
-    heard = (shares["channel"] @ narrow.flatten(2)).view_as(narrow)
-    branch = after(narrow + attention.gamma * heard)
+    received = (shares["channel"] @ narrow.flatten(2)).view_as(narrow)
+    branch = after(narrow + attention.gamma * received)
     expected = network.head.both(network.head.position(maps[-1]) + branch)
-    assert torch.allclose(network.scores(x), expected, atol=1e-5)
+    assert torch.allclose(network.logits(x), expected, atol=1e-5)
 
 
 # ---- training and evaluation ----
 
-ANSWERS = {"upernet": ["out"], "danet": ["out", "position", "channel"]}
+OUTPUTS = {"upernet": ["out"], "danet": ["out", "position", "channel"]}
 
 
 @pytest.mark.parametrize("auxiliary", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_training_answers_and_the_evaluated_one(name, auxiliary):
+def test_outputs_in_training_and_evaluation(name, auxiliary):
     network = small(name, auxiliary=auxiliary)
     x, _ = batch()
-    answers, names = network(x), ANSWERS[name] + ["aux"] * auxiliary
+    outputs, names = network(x), OUTPUTS[name] + ["aux"] * auxiliary
     if names == ["out"]:
-        answers = {"out": answers}
-    assert list(answers) == names
-    assert all(logits.shape == (2, 5, 32, 48) for logits in answers.values())
+        outputs = {"out": outputs}
+    assert list(outputs) == names
+    assert all(logits.shape == (2, 5, 32, 48) for logits in outputs.values())
     assert network.eval()(x).shape == (2, 5, 32, 48)
 
 
@@ -456,18 +456,18 @@ def test_other_colours_and_fewer_stages():
 # ---- the loss ----
 
 
-def test_the_loss_is_the_mean_over_judged_pixels():
+def test_the_loss_is_the_mean_over_labelled_pixels():
     logits = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     labels = torch.randint(3, (2, 4, 5))
     labels[0, :2], labels[1, 3, 3] = 255, 255
     log = logits.log_softmax(1)
-    judged = [
+    counted = [
         -log[b, labels[b, i, j], i, j]
         for b, i, j in product(range(2), range(4), range(5))
         if labels[b, i, j] != 255
     ]
-    assert len(judged) == 29
-    mean = sum(judged) / 29
+    assert len(counted) == 29
+    mean = sum(counted) / 29
     assert torch.isclose(segmentation_loss(logits, labels), mean)
     assert torch.isclose(segmentation_loss({"out": logits, "aux": logits}, labels), 1.4 * mean)
     three = dict.fromkeys(("out", "position", "channel"), logits)
@@ -488,7 +488,7 @@ def test_attention_in_chosen_blocks():
     assert {name.split(".")[1] for name in attentions(network)} == {"layer4"}
 
 
-def test_a_batch_with_nothing_to_judge_costs_nothing():
+def test_a_batch_without_labelled_pixels_costs_nothing():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     loss = segmentation_loss(logits, torch.full((1, 4, 4), 255))
     loss.backward()
@@ -527,7 +527,7 @@ def test_compiled_and_exported_whole(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_half_precision_and_channels_last(name):
+def test_reduced_precision_and_channels_last(name):
     network = shake(small(name)).eval()
     x, _ = batch()
     expected = network(x)
@@ -581,7 +581,7 @@ def test_a_wrong_request_says_what_is_possible(change, message):
 def test_other_images_are_refused(shape):
     network = on_paper(build_segmenter, "danet", 5, **SMALL)
     x = torch.empty(shape, device="meta")
-    for call in (network, network.scores):
+    for call in (network, network.logits):
         with pytest.raises(ValueError, match=r"it takes \(batch, 3, height, width\)"):
             call(x)
 

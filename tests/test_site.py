@@ -120,7 +120,7 @@ def test_callouts_are_opened():
     assert ':::: {.callout-tip .tryit icon="false" title="Now you"}' in source
 
 
-def test_an_answer_is_folded():
+def test_a_solution_is_folded():
     (source,) = cleaned(new_markdown_cell("::: {.answer}\n7\n:::"))
     assert source.startswith('::: {.callout-note .answer icon="false" collapse="true" title="Answer"}')
 
@@ -465,7 +465,7 @@ def test_a_build_stops_when_the_runs_fail(book, monkeypatch):
     assert not (book / "_preview").exists()
 
 
-def test_quarto_is_called_with_our_python_and_its_failure_is_told(book, monkeypatch):
+def test_quarto_is_called_with_our_python_and_its_failure_is_reported(book, monkeypatch):
     quarto = book / "quarto"
     quarto.write_text(
         '#!/bin/sh\nmkdir -p "$3"; echo "$QUARTO_PYTHON" > "$3/index.html"; exit "${CODE:-0}"\n'
@@ -617,6 +617,6 @@ def test_the_filter_leaves_no_directive_of_nbdev(path):
 
 
 def test_the_figure_of_the_readme_follows_the_theme():
-    picture = readme.standalone(SVG)
-    assert picture.startswith("<svg") and "prefers-color-scheme:dark" in picture
-    assert "#000000" not in picture and "fill: none" in picture and "made today" not in picture
+    image = readme.standalone(SVG)
+    assert image.startswith("<svg") and "prefers-color-scheme:dark" in image
+    assert "#000000" not in image and "fill: none" in image and "made today" not in image

@@ -64,8 +64,8 @@ def test_every_pair_runs_in_every_setting(name, dtype, layout):
     x = speed.example((2, CHANNELS, 14, 15), setting)
     torch.manual_seed(0)
     ours = registry.create(name, CHANNELS)
-    peer = speed.placed(speed.peers_of_the_book()[name](ours), x)
-    ours = speed.placed(ours, x)
+    peer = speed.like_input(speed.peers_of_the_book()[name](ours), x)
+    ours = speed.like_input(ours, x)
     y, wanted = speed.forward(peer, x)(), speed.forward(ours, x)()
     assert y.dtype == wanted.dtype == x.dtype
     assert (y - wanted).abs().max() < {"float32": 1e-5, "bfloat16": 0.05}[dtype] * wanted.abs().max()
@@ -85,7 +85,7 @@ def test_memory_is_counted_to_the_byte():
     assert speed.memory(lambda: None, cpu) == (0, 0)
     gate = torch.nn.Sigmoid()  # keeps its output, which is held anyway
     found = speed.bytes_of(gate, x)
-    assert found["kept"] == 0 and found["forward_peak"] == x.nbytes
+    assert found["saved_for_backward"] == 0 and found["forward_peak"] == x.nbytes
     assert found["training_peak"] >= 2 * x.nbytes  # output and gradient
 
 
@@ -105,7 +105,7 @@ def test_a_ratio_is_that_of_a_round():
 
 def test_the_bound_counts_reads_and_a_write():
     def row(reads):
-        side = dict(forward=SAME, training=SAME, forward_peak=0, training_peak=0, kept=0)
+        side = dict(forward=SAME, training=SAME, forward_peak=0, training_peak=0, saved_for_backward=0)
         return speed.Row(name="x", shape=(1, 1, 1, 1), rounds=1, copy_map=SAME, reads=reads, ours=side)
 
     assert row(2).distance == pytest.approx(2 / 3) and row(3).distance == pytest.approx(1 / 2)
@@ -125,7 +125,7 @@ def result():
 def test_a_result_is_whole(result):
     se, ge = result.rows
     assert (se.name, se.peer, se.rounds, se.shape) == ("se", "its equations", 3, (2, 32, 8, 8))
-    assert se.theirs.kept == se.ours.kept and se.theirs.training_peak == se.ours.training_peak > 0
+    assert se.theirs.saved_for_backward == se.ours.saved_for_backward and se.theirs.training_peak == se.ours.training_peak > 0
     assert ge.peer is ge.theirs is ge.forward_ratio is ge.training_ratio is None
     assert result.control.name == "se" and result.control.theirs
     again = speed.ModulesResult.model_validate_json(result.model_dump_json())
@@ -212,15 +212,15 @@ def test_traffic_counts_a_mechanism_as_one_layer():
     x, module = torch.ones(1, 8, 7, 7), registry.create("scsa", 8)
     own = sum(p.nbytes for p in module.parameters())
     assert speed.bytes_moved(torch.nn.Sequential(module), x, "scsa") == own + 4 * x.nbytes
-    peer = speed.Peered("scsa", peers.Straightforward(peers.scsa, module))
+    peer = speed.PeerModule("scsa", peers.Straightforward(peers.scsa, module))
     assert speed.bytes_moved(torch.nn.Sequential(peer), x, "scsa") == own + 4 * x.nbytes
 
 
 def test_a_peer_stands_where_ours_stood():
     network = speed.attend(speed.build("resnet8", num_classes=10), "scsa")
     other = speed.with_peers(network, "scsa", peers.straightforward("scsa"))
-    stands = [type(m).__name__ for m in other.modules() if isinstance(m, (speed.Peered, speed.Attention))]
-    assert stands.count("Peered") == sum(type(m).__name__ == "SCSA" for m in network.modules()) == 3
+    stands = [type(m).__name__ for m in other.modules() if isinstance(m, (speed.PeerModule, speed.Attention))]
+    assert stands.count("PeerModule") == sum(type(m).__name__ == "SCSA" for m in network.modules()) == 3
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(network.eval()(x), other.eval()(x), atol=1e-5)
 
@@ -240,7 +240,7 @@ def test_the_networks_command_leaves_a_file(monkeypatch, tmp_path, capsys, netwo
 def test_the_roof_is_the_best_of_what_was_measured():
     rates = {"product": (2e9, 3e9, 4e9), "convolution": (1e9, 5e9, 6e9)}  # multiply-accumulates a second
     taken = {run: [speed.WORK[run] / rate for rate in found] for run, found in rates.items()}
-    found = speed.machinery(taken | {"copy": [2 * 2**26 / rate for rate in (1e9, 2e9, 4e9)]})
+    found = speed.machine_peak(taken | {"copy": [2 * 2**26 / rate for rate in (1e9, 2e9, 4e9)]})
     assert found.arithmetic.median == pytest.approx(5e9) and found.arithmetic.high == pytest.approx(6e9)
     assert (found.bandwidth.low, found.bandwidth.high) == pytest.approx((1e9, 4e9))
     setting = speed.Setting(device="cpu")
@@ -250,10 +250,10 @@ def test_the_roof_is_the_best_of_what_was_measured():
 def test_a_compiled_module_is_compiled_in_every_run():
     setting = speed.setting_of("cpu", compiled=True)
     module, x = registry.create("se", 16), torch.randn(1, 16, 4, 4)
-    assert speed.twin(module)._compiled_call_impl is None
+    assert speed.copy_of(module)._compiled_call_impl is None
     ready = speed.prepared(module, x, setting)
-    assert speed.twin(ready)._compiled_call_impl is not None  # nothing is compiled before it is called
-    assert setting.words == ["cpu", "float32", "channels_first", "compiled"]
+    assert speed.copy_of(ready)._compiled_call_impl is not None  # nothing is compiled before it is called
+    assert setting.name_parts == ["cpu", "float32", "channels_first", "compiled"]
 
 
 # ---- ours are the faster ones
@@ -304,7 +304,7 @@ def test_the_fast_path_is_fast(name, shape, layout, goal):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("name", "goal"), [("scsa", 1.6), ("smsa", 1.6), ("ca", 1.5)])
-def test_the_way_back_is_fast(name, goal):
+def test_the_backward_pass_is_fast(name, goal):
     assert best_ratio(name, (2, 256, 56, 56), FIRST, speed.training, attempts=2) > 0.7 * goal
 
 

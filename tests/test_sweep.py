@@ -41,7 +41,7 @@ import os, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
 from filelock import FileLock
-from scsa_book.places import cache_folder
+from scsa_book.paths import cache_folder
 from scsa_book.training import sweep
 from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult, result_path, write_whole
 
@@ -101,10 +101,10 @@ def swept(book, monkeypatch, capsys):
 
     def sweep(name, **given):
         try:
-            told = sweeps.sweep(name, **given)
+            message = sweeps.sweep(name, **given)
         except sweeps.SweepFailed as error:
-            told = str(error)
-        return capsys.readouterr().out, told
+            message = str(error)
+        return capsys.readouterr().out, message
 
     return sweep
 
@@ -156,8 +156,8 @@ def children(pid):
 
 def test_a_run_that_fails_is_tried_again_and_reported_while_the_others_go_on(book, swept):
     se, bad, eca = (config.id for config, _ in experiment("three").plan())
-    out, told = swept("three", cores=2)
-    assert results(book) == {se, eca} and told == f"1 of 3 runs failed: {bad}"
+    out, message = swept("three", cores=2)
+    assert results(book) == {se, eca} and message == f"1 of 3 runs failed: {bad}"
     assert out.startswith("three: 3 runs, 0 finished\n")
     assert re.findall(r"^\[(\d)/3\]", out, re.M) == ["1", "2", "3"]
     assert re.search(rf"^\[\d/3\] {se}$", out, re.M) and re.search(rf"^\[\d/3\] {eca}$", out, re.M)
@@ -178,13 +178,13 @@ def test_only_what_is_not_finished_is_made(book, swept):
     assert swept("twelve", seeds=1)[1] is None
     path = book / "nbs" / "results" / "sample" / f"{torn.id}.json"
     path.write_text(path.read_text()[:-20])
-    out, told = swept("twelve", seeds=1)
-    assert told is None and out == f"twelve: 4 runs, 3 finished\n[1/1] {torn.id}\n"
+    out, message = swept("twelve", seeds=1)
+    assert message is None and out == f"twelve: 4 runs, 3 finished\n[1/1] {torn.id}\n"
     assert len(starts(book, torn.id)) == 2 and len(starts(book, whole.id)) == 1
     assert finished(torn) == load_result(path) and len(plan) == 4
 
 
-def test_a_finished_sweep_is_answered_without_snakemake(book, monkeypatch, capsys):
+def test_a_finished_sweep_ends_without_snakemake(book, monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "finished", lambda config, execution=None: True)
     monkeypatch.setattr(sweeps, "require", lambda *words: pytest.fail("Snakemake was looked for"))
     sweeps.sweep("twelve")
@@ -214,7 +214,7 @@ def test_the_plan_holds_the_configurations_and_is_written_whole(book):
         assert kept["given"] == given and sweeps.RunConfig(**kept["config"]) == config
 
 
-def test_a_job_is_told_where_the_data_is(book, tmp_path):
+def test_a_job_knows_where_the_data_is(book, tmp_path):
     todo = sweeps.unfinished(experiment("three").plan(), tmp_path)
     sweeps.write_plan(book / "here", todo)
     found = {}
@@ -287,7 +287,7 @@ def test_a_second_driver_is_refused(book, capsys):
         sweeps.sweep("three")
 
 
-def test_without_snakemake_one_is_told_how_to_get_it(book, monkeypatch):
+def test_without_snakemake_the_error_says_how_to_get_it(book, monkeypatch):
     monkeypatch.setattr(sweeps, "find_spec", lambda name: None)
     with pytest.raises(sweeps.SweepFailed, match=r"needs snakemake.*pip install -e '\.\[sweep\]'"):
         sweeps.sweep("three")
@@ -300,7 +300,7 @@ def test_without_its_executor_a_profile_says_what_to_install(book, monkeypatch):
         sweeps.sweep("three", profile="slurm")
 
 
-def test_an_unknown_profile_is_answered_with_the_known_ones(book):
+def test_an_unknown_profile_lists_the_known_ones(book):
     with pytest.raises(ValueError, match="unknown profile 'slrum'. Did you mean 'slurm'"):
         sweeps.sweep("three", profile="slrum")
 
@@ -309,9 +309,9 @@ def test_a_profile_that_snakemake_does_not_understand_is_said(book):
     (book / "mine").mkdir()
     (book / "mine" / "config.yaml").write_text("no-such-setting: 1\n")
     for dry_run in (True, False):
-        with pytest.raises(sweeps.SweepFailed) as told:
+        with pytest.raises(sweeps.SweepFailed) as message:
             sweeps.sweep("three", profile=str(book / "mine"), dry_run=dry_run)
-        assert "no-such-setting" in str(told.value)
+        assert "no-such-setting" in str(message.value)
 
 
 # ---- kills
@@ -332,8 +332,8 @@ def test_a_sweep_survives_the_kill_of_a_worker_and_of_its_driver(book, swept):
 
     before = results(book)
     assert 5 <= len(before) < 12
-    out, told = swept("twelve", cores=2)
-    assert told is None and results(book) == ids
+    out, message = swept("twelve", cores=2)
+    assert message is None and results(book) == ids
     there = int(re.match(r"twelve: 12 runs, (\d+) finished", out)[1])
     assert there >= len(before) and len(re.findall(r"^\[", out, re.M)) == 12 - there
     begun = {run: len(starts(book, run)) for run in ids}
@@ -420,25 +420,25 @@ elif command == "sacct":
 @pytest.fixture
 def slurm(book, monkeypatch, tmp_path):
     "Commands that look like SLURM's on the path, and the book's profile with an account."
-    place = tmp_path / "bin"
-    place.mkdir()
+    folder = tmp_path / "bin"
+    folder.mkdir()
     for name in ("sbatch", "srun", "sacct", "squeue", "sinfo", "sacctmgr", "scontrol", "scancel"):
-        (place / name).write_text(SLURM.format(python=sys.executable))
-        (place / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+        (folder / name).write_text(SLURM.format(python=sys.executable))
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     profile = book / "profiles" / "slurm" / "config.yaml"
     text = re.sub(r"# (slurm_\w+:)", r"\1", profile.read_text())
     quick = "slurm-init-seconds-before-status-checks: 1\nseconds-between-status-checks: 1\n"
     profile.write_text(text + quick)
-    return place / "state"
+    return folder / "state"
 
 
 @pytest.mark.slow
 def test_a_sweep_on_slurm(book, swept, slurm):
     pytest.importorskip("snakemake_executor_plugin_slurm", reason="for Python 3.11 or newer")
     se, bad, eca = (config.id for config, _ in experiment("three").plan())
-    out, told = swept("three", profile="slurm", cores=2)
-    assert results(book) == {se, eca} and told == f"1 of 3 runs failed: {bad}"
+    out, message = swept("three", profile="slurm", cores=2)
+    assert results(book) == {se, eca} and message == f"1 of 3 runs failed: {bad}"
     calls = [line for line in read(slurm / "calls").splitlines() if line.startswith("sbatch")]
     assert len(calls) == 4, "three runs, one of them twice"
     for asked in ("--gpus=1", "--cpus-per-task=4", "--mem 16000", "-t 240", "-A my-account"):
@@ -456,7 +456,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
-from scsa_book.data.images import TensorImages, load_set
+from scsa_book.data.images import TensorImages, load_dataset
 from scsa_book.training.config import Execution, configure
 from scsa_book.training.run import fit
 from scsa_book.training.tasks import build_network
@@ -471,7 +471,7 @@ def each_picture_alone(module):
 torch.set_default_dtype(torch.float64)
 norm, devices, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 config = configure("sample", train_images=256, test_images=99, epochs=2, attention="eca")
-images = load_set(config.dataset, None, config.train_images, config.test_images)
+images = load_dataset(config.dataset, None, config.train_images, config.test_images)
 images = replace(images, train=TensorImages(images.train.images, images.train.labels))
 network = build_network(config, len(images.classes))
 if norm == "group":

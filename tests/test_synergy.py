@@ -308,8 +308,8 @@ def test_autocast_and_copies(name):
         assert (module(x).float() - y).abs().max() < 5e-2 * y.abs().max()
     other = build(name, seed=1).eval()
     other.load_state_dict(module.state_dict())
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), other):
-        assert torch.equal(twin(x), y)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), other):
+        assert torch.equal(copied(x), y)
 
 
 @VERSION
@@ -420,8 +420,8 @@ STRIPS = ("scsa", "smsa", "ca", "ela")  # whose product with two gates has a gra
 @pytest.mark.parametrize("name", STRIPS)
 def test_less_is_kept_for_the_backward_pass(name):
     module, x = registry.create(name, 64), torch.randn(2, 64, 56, 56)
-    ours = speed.bytes_of(module, x)["kept"]
-    literal = speed.bytes_of(peers.straightforward(name)(module), x)["kept"]
+    ours = speed.bytes_of(module, x)["saved_for_backward"]
+    literal = speed.bytes_of(peers.straightforward(name)(module), x)["saved_for_backward"]
     assert 0 < ours < 0.15 * literal and ours < 0.25 * x.nbytes
 
 
@@ -501,19 +501,19 @@ def test_training_under_autocast(name):
         ("pcsa", {"pool": "recombination", "window": -1}, "window=-1"),
     ],
 )
-def test_bad_options_are_told_at_construction(name, options, says):
+def test_bad_options_are_refused_at_construction(name, options, says):
     with pytest.raises(ValueError, match=says):
         registry.create(name, 32, **options)
 
 
-def test_a_half_that_is_left_out_asks_nothing():
+def test_a_part_that_is_left_out_requires_nothing():
     "Ten channels have no four groups, and need none without SMSA."
     assert SCSA(10, order="channel")(torch.ones(1, 10, 3, 3)).shape == (1, 10, 3, 3)
     with pytest.raises(ValueError, match="multiple of 4"):
         SCSA(10, order="spatial")
 
 
-def test_the_halves_are_the_mechanisms_of_their_own():
+def test_the_parts_are_the_mechanisms_of_their_own():
     torch.manual_seed(0)
     x = torch.randn(2, 16, 15, 22)
     for order, make in (("spatial", SMSA), ("channel", PCSA)):

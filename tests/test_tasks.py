@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT
 from torchvision.transforms.functional import to_pil_image
 
-from scsa_book.data.images import Draw
+from scsa_book.data.images import BatchIndices
 from scsa_book.networks.placement import attentions, maps_of
-from scsa_book.places import DataError
+from scsa_book.paths import DataError
 from scsa_book.training import run
 from scsa_book.training.config import Execution, configure
 from scsa_book.training.result import load_result, result_path, run_folder
@@ -26,7 +26,7 @@ SCENES = {"scenes": {"side": 64, "objects": 2, "size": 0.5}}
 SMALL = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20}
 TINY = {"width": 8, "pyramid_channels": 16, "head_channels": 16, "anchor_scale": 4}
 TINY |= {"min_size": 64, "max_size": 64}
-FEW = {"train_images": 12, "test_images": 6, "batch_size": 4, "epochs": 3, "warmup_epochs": 0, "lr": 0.002}
+SHORT_RUN = {"train_images": 12, "test_images": 6, "batch_size": 4, "epochs": 3, "warmup_epochs": 0, "lr": 0.002}
 DETECTORS = {
     "faster_rcnn": TINY | SMALL,
     "mask_rcnn": TINY | SMALL,
@@ -39,7 +39,7 @@ def tiny(task, **given):
     network = given.get("network", "faster_rcnn" if task == "detect" else "upernet")
     options = DETECTORS.get(network, {"channels": 16})
     fixed = {"task": task, "data_options": SCENES, "network_options": options}
-    return configure("sample", **{**fixed, **FEW, **given})
+    return configure("sample", **{**fixed, **SHORT_RUN, **given})
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def birds(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_that_goes_away_in_mid_epoch_is_said_and_the_run_goes_on(workers, birds, where, monkeypatch):
-    config = configure("sample", **FEW, dataset="folder:birds", network="resnet8")
+    config = configure("sample", **SHORT_RUN, dataset="folder:birds", network="resnet8")
     here = where.model_copy(update={"data_root": birds, "workers": workers})
     kind, away = run.task_class("classify"), birds.with_name("away")
     step = kind.training_step
@@ -165,7 +165,7 @@ def test_data_that_goes_away_in_mid_epoch_is_said_and_the_run_goes_on(workers, b
     assert result.starts == 2 and bytes_of(done.network) == bytes_of(whole.network)
 
 
-def test_an_epoch_of_steps_goes_through_the_pictures_as_often_as_it_takes(where):
+def test_an_epoch_of_steps_goes_through_the_images_as_often_as_it_takes(where):
     config = tiny("segment", epochs=2, epoch_steps=5)
     seen = []
     images = TASKS["segment"].load(config, None)
@@ -208,20 +208,20 @@ def test_objects_that_are_found_exactly_have_a_precision_of_100():
     config = tiny("detect", network="mask_rcnn")
     images = TASKS["detect"].load(config, None)
     task = run.task_class("detect")(config, build_network(config, 10), images, 1)
-    x, targets = images.test[Draw(torch.arange(6))]
+    x, targets = images.test[BatchIndices(torch.arange(6))]
     exact = [
         {**t, "scores": torch.ones(len(t["labels"])), "masks": t["masks"][:, None].float()}
         for t in targets
     ]
-    task.scores.update(exact, targets)
-    found = task.scores.read()
+    task.metrics.update(exact, targets)
+    found = task.metrics.read()
     assert found["AP"] == found["mask_AP"] == 100
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("task", ["detect", "segment"])
-def test_the_sample_learns_visibly_and_never_waits_for_pictures(task, seed, where):
+def test_the_sample_learns_visibly_and_never_waits_for_images(task, seed, where):
     done, result = train(configure("sample", task=task, attention="scsa", seed=seed), where)
     metric = TASKS[task].metrics[0]
     first, last = (epoch.metrics[metric] for epoch in (done.epochs[0], done.epochs[-1]))

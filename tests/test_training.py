@@ -17,7 +17,7 @@ from conftest import ROOT
 from filelock import FileLock
 
 from scsa_book.attention import registry
-from scsa_book.data.images import TensorImages, load_set
+from scsa_book.data.images import TensorImages, load_dataset
 from scsa_book.networks.placement import maps_of
 from scsa_book.training import checkpoints, experiments, history, result, run
 from scsa_book.training import config as configs
@@ -39,18 +39,18 @@ def where(tmp_path):
     return Execution(results_dir=tmp_path / "results", cache_dir=tmp_path / "cache", accelerator="cpu")
 
 
-def pictures(config):
-    return load_set(config.dataset, None, config.train_images, config.test_images)
+def dataset_of(config):
+    return load_dataset(config.dataset, None, config.train_images, config.test_images)
 
 
 def train(config, where):
-    images = pictures(config)
+    images = dataset_of(config)
     with redirect_stdout(StringIO()):
         return run.fit(config, build_network(config, len(images.classes)), images, where)
 
 
 def train_and_save(config, where):
-    return run.save_result(config, pictures(config), train(config, where), where)
+    return run.save_result(config, dataset_of(config), train(config, where), where)
 
 
 def bytes_of(network):
@@ -280,7 +280,7 @@ def test_a_compiled_network_keeps_its_names_and_can_be_looked_into(where, monkey
     config = tiny(epochs=1, attention="se", compile=True)
     done = train(config, where)
     assert list(done.network.state_dict()) == list(build_network(config, 10).state_dict())
-    x = done.task.prepare(pictures(config).test.images[:2])
+    x = done.task.normalise(dataset_of(config).test.images[:2])
     assert {name: maps["channel"].shape[0] for name, maps in maps_of(done.network, x).items()} == {
         f"layer{i}.0.bn2.attention": 2 for i in (1, 2, 3)
     }
@@ -290,7 +290,7 @@ def test_a_compiled_network_keeps_its_names_and_can_be_looked_into(where, monkey
 
 CHILD = """
 import sys, time
-from scsa_book.data.images import load_set
+from scsa_book.data.images import load_dataset
 from scsa_book.training.config import Execution, RunConfig
 from scsa_book.training.tasks import build_network
 from scsa_book.training.run import Classify, RunInterrupted, fit
@@ -307,7 +307,7 @@ def waiting(self, batch, batch_idx):
 Classify.training_step = waiting
 config = RunConfig.model_validate_json(sys.argv[1])
 where = Execution(results_dir=sys.argv[2] + "/results", cache_dir=sys.argv[2] + "/cache", accelerator="cpu")
-images = load_set(config.dataset, None, config.train_images, config.test_images)
+images = load_dataset(config.dataset, None, config.train_images, config.test_images)
 try:
     fit(config, build_network(config, 10), images, where)
 except RunInterrupted as error:
@@ -399,7 +399,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(stopped, whe
     middle = len(content) // 2
     content[middle : middle + 64] = bytes(64)
     newest.write_bytes(content)
-    images = pictures(stopped)
+    images = dataset_of(stopped)
     resumed = run.fit(stopped, build_network(stopped, 10), images, where)
     assert "epoch=0001.ckpt is damaged and passed over" in capsys.readouterr().out
     whole = train(stopped, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
@@ -447,7 +447,7 @@ def test_a_run_that_was_interrupted_by_hand_has_no_result(where, monkeypatch):
 # ---- one at a time
 
 
-def test_a_second_process_is_told_so(where):
+def test_a_second_process_is_refused(where):
     config = tiny()
     folder = result.run_folder(config, where)
     folder.mkdir(parents=True)
@@ -469,21 +469,21 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(where):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_the_watch_finds_the_first_bad_step_among_many(bad):
-    watch = history.LossWatch(tiny(precision="16-mixed"), epoch=2, steps_before=200, every=50)
+def test_the_monitor_finds_the_first_bad_step_among_many(bad):
+    monitor = history.LossMonitor(tiny(precision="16-mixed"), epoch=2, steps_before=200, every=50)
     for step in range(49):
-        watch.add(torch.tensor(bad if step in (36, 40) else 1.0))
+        monitor.add(torch.tensor(bad if step in (36, 40) else 1.0))
     said = f"{bad} at step 37 of epoch 3 .step 237.*precision=32-true"
     with pytest.raises(history.NonFiniteLoss, match=said):
-        watch.add(torch.tensor(1.0))
+        monitor.add(torch.tensor(1.0))
 
 
-def test_the_watch_adds_up_what_it_sees():
-    watch = history.LossWatch(tiny(), epoch=0, steps_before=0, every=4)
+def test_the_monitor_adds_up_the_losses():
+    monitor = history.LossMonitor(tiny(), epoch=0, steps_before=0, every=4)
     for value in range(10):
-        watch.add(torch.tensor(float(value)))
-    watch.look()
-    assert (watch.mean, watch.steps) == (4.5, 10)
+        monitor.add(torch.tensor(float(value)))
+    monitor.check()
+    assert (monitor.mean, monitor.steps) == (4.5, 10)
 
 
 # ---- disks
@@ -491,7 +491,7 @@ def test_the_watch_adds_up_what_it_sees():
 
 def test_a_result_is_written_whole_or_not_at_all(where, monkeypatch):
     config = tiny(epochs=1)
-    images, done = pictures(config), train(config, where)
+    images, done = dataset_of(config), train(config, where)
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -502,7 +502,7 @@ def test_a_result_is_written_whole_or_not_at_all(where, monkeypatch):
     assert list(where.results_dir.rglob("*.*")) == [] and finished(config, where) is None
 
 
-def test_too_little_room_is_noticed_before_training(where, monkeypatch):
+def test_too_little_space_is_noticed_before_training(where, monkeypatch):
     monkeypatch.setattr(result, "free_bytes", lambda folder: 1000)
     monkeypatch.setattr(run.L.Trainer, "fit", lambda *a, **k: pytest.fail("it trained"))
     with pytest.raises(DiskError, match=r"not enough room.*bytes needed, 1,000 free"):
@@ -510,7 +510,7 @@ def test_too_little_room_is_noticed_before_training(where, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["results_dir", "cache_dir"])
-def test_a_place_that_cannot_be_written_to_is_noticed_before_training(where, tmp_path, monkeypatch, folder):
+def test_a_folder_that_cannot_be_written_to_is_noticed_before_training(where, tmp_path, monkeypatch, folder):
     blocked = tmp_path / "a file"
     blocked.touch()
     monkeypatch.setattr(run.L.Trainer, "fit", lambda *a, **k: pytest.fail("it trained"))
@@ -540,7 +540,7 @@ def test_a_result_says_all_and_comes_back_as_it_was(where):
     assert [e.epoch for e in saved.epochs] == [1, 2] and saved.final == saved.epochs[-1].metrics
     assert set(saved.final) == {"train_loss", "val_loss", "top1", "top5"}
     assert saved.final["top1"] <= saved.final["top5"] <= 100
-    assert saved.data.test_images == 40 and saved.data.fingerprint == load_set("fashion-mnist").fingerprint
+    assert saved.data.test_images == 40 and saved.data.fingerprint == load_dataset("fashion-mnist").fingerprint
     assert saved.parameters == sum(p.numel() for p in build_network(config, 10).parameters())
     assert saved.machine.threads == torch.get_num_threads() and saved.machine.device
     assert set(saved.machine.versions) == {"python", *result.PACKAGES}
@@ -549,10 +549,10 @@ def test_a_result_says_all_and_comes_back_as_it_was(where):
     assert 0 <= saved.data_wait < 1 and saved.images_per_second > 0
 
 
-def test_top1_is_the_share_of_right_answers(where):
+def test_top1_is_the_share_of_right_predictions(where):
     config = tiny(epochs=1, test_images=37)
     done = train(config, where)
-    test = pictures(config).test
+    test = dataset_of(config).test
     right = (done.task(test.images).argmax(1) == test.labels).float().mean().item()
     assert done.epochs[-1].metrics["top1"] == round(100 * right, 4)
 
@@ -634,7 +634,7 @@ def test_several_names_are_a_run_each():
 
 
 def test_options_of_a_mechanism_yield_to_those_of_the_preset_and_those_to_a_runs_own():
-    at = {"sample": {"options": {"se": {"reduction": 4}}, "instead": {"network": None}}}
+    at = {"sample": {"options": {"se": {"reduction": 4}}, "overrides": {"network": None}}}
     runs = [{"network": "resnet50", "attention": ["se", "eca"]}]
     runs += [{"network": "resnet50", "attention": "se", "options": {"reduction": 2}}]
     options = {"se": {"bias": False, "reduction": 8}}

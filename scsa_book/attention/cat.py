@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'BORDERS', 'EPS', 'SPANS', 'SCOPES', 'ENTROPIES', 'INTERIORS', 'EXTERIORS', 'SUMMARIES', 'FUSIONS',
-           'CHOICES', 'ENTRY', 'gaussian', 'check_sigma', 'arranged', 'mirrored', 'LowPass', 'scaled', 'crossed',
-           'crossed_global', 'crossed_channel', 'ScaledEntropy', 'Factors', 'perceptron_of', 'ChannelLogits',
-           'PlaceLogits', 'shared_out', 'Collaboration', 'check_options', 'CAT', 'ablation']
+           'CHOICES', 'ENTRY', 'gaussian', 'check_sigma', 'filter_layout', 'reflect_pad', 'LowPass', 'scaled',
+           'cross_axis_entropy', 'cross_axis_global', 'cross_axis_channel', 'ScaledEntropy', 'Factors',
+           'make_perceptron', 'ChannelLogits', 'SpatialLogits', 'combine_gates', 'Collaboration', 'check_options',
+           'CAT', 'ablation']
 
 # %% ../../nbs/collaboration/cat.ipynb #b77449bd
 import math
@@ -53,14 +54,14 @@ def check_sigma(sigma: float) -> None:
         raise ValueError(f"CAT: filter_sigma={sigma!r} must be a positive number")
 
 # %% ../../nbs/collaboration/cat.ipynb #fbe62711
-def arranged(x: Tensor, along: str) -> Tensor:
+def filter_layout(x: Tensor, along: str) -> Tensor:
     "The map with the axes last that are filtered."
     if along == "flat":
         return x.flatten(2)[:, :, None]
     return x.flatten(2)[:, None] if along == "channels" else x
 
 # %% ../../nbs/collaboration/cat.ipynb #017326ae
-def mirrored(u: Tensor, rows: int, columns: int) -> Tensor:
+def reflect_pad(u: Tensor, rows: int, columns: int) -> Tensor:
     "The map with its mirror images beyond the border."
     if u.shape[-2] <= rows or u.shape[-1] <= columns:
         raise ValueError(
@@ -96,10 +97,10 @@ class LowPass(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel.numel() == 1:
             return x
-        u = arranged(x, self.along)
+        u = filter_layout(x, self.along)
         beyond = [k // 2 for k in self.kernel.shape]
         if self.border == "reflect":
-            u, beyond = mirrored(u, *beyond), 0
+            u, beyond = reflect_pad(u, *beyond), 0
         kernel = self.kernel.expand(u.shape[1], 1, -1, -1)
         u = F.conv2d(u, kernel, padding=beyond, groups=u.shape[1])
         return u.reshape(x.shape)
@@ -124,26 +125,26 @@ def scaled(
     return 2 * u - 1 if span == "signed" else u
 
 # %% ../../nbs/collaboration/cat.ipynb #fc5d3b2e
-def crossed(x: Tensor, softmax: int, total: int) -> Tensor:
+def cross_axis_entropy(x: Tensor, softmax: int, total: int) -> Tensor:
     "Terms of the entropy of a softmax over one axis, summed over another."
     log_p = x.log_softmax(softmax)
     return (log_p.exp() * -log_p).sum(total, keepdim=True)
 
 
-def crossed_global(x: Tensor) -> Tensor:
+def cross_axis_global(x: Tensor) -> Tensor:
     "The superscripts' reading for channels: (B, C, H, W) -> (B, C, 1, 1)."
-    return crossed(x.flatten(2), 1, 2)[..., None]
+    return cross_axis_entropy(x.flatten(2), 1, 2)[..., None]
 
 
-def crossed_channel(x: Tensor) -> Tensor:
+def cross_axis_channel(x: Tensor) -> Tensor:
     "The superscripts' reading for places: (B, C, H, W) -> (B, 1, H, W)."
-    return crossed(x.flatten(2), 2, 1).unflatten(2, x.shape[2:])
+    return cross_axis_entropy(x.flatten(2), 2, 1).unflatten(2, x.shape[2:])
 
 # %% ../../nbs/collaboration/cat.ipynb #04620255
 # reading -> entropy of the channels, entropy of the places
 ENTROPIES = {
     "proper": (global_entropy, channel_entropy),
-    "crossed": (crossed_global, crossed_channel),
+    "crossed": (cross_axis_global, cross_axis_channel),
     "none": (None, None),
 }
 
@@ -187,7 +188,7 @@ class Factors(nn.Module):
         return t * self.weights().view(-1, *[1] * (t.ndim - 2))
 
 # %% ../../nbs/collaboration/cat.ipynb #9197169f
-def perceptron_of(channels: int, hidden: int, bias: bool, **kw) -> nn.Module:
+def make_perceptron(channels: int, hidden: int, bias: bool, **kw) -> nn.Module:
     "Two matrices with a rectifier between them; `hidden` 0: nothing."
     if hidden == 0:
         return nn.Identity()
@@ -211,10 +212,10 @@ class ChannelLogits(nn.Module):
     ):
         super().__init__()
         self.entropy, self.low_pass = entropy, low_pass
-        self.perceptron = perceptron_of(channels, hidden, bias, **kw)
+        self.perceptron = make_perceptron(channels, hidden, bias, **kw)
         self.interior = Factors(2 if entropy is None else 3, interior, **kw)
 
-    def summaries(self, x: Tensor, smooth: Tensor) -> Tensor:
+    def descriptors(self, x: Tensor, smooth: Tensor) -> Tensor:
         "Mean, smoothed maximum and entropy, (B, 3, C)."
         z = [global_average(x), global_maximum(smooth)]
         if self.entropy is not None:
@@ -223,14 +224,14 @@ class ChannelLogits(nn.Module):
 
     def forward(self, x: Tensor, smooth: Tensor | None = None) -> Tensor:
         smooth = self.low_pass(x) if smooth is None else smooth
-        answers = self.perceptron(self.summaries(x, smooth))
-        return self.interior(answers).sum(1)[:, :, None, None]
+        outputs = self.perceptron(self.descriptors(x, smooth))
+        return self.interior(outputs).sum(1)[:, :, None, None]
 
 # %% ../../nbs/collaboration/cat.ipynb #8815cdf3
 SUMMARIES = ("add", "stack")
 
 # %% ../../nbs/collaboration/cat.ipynb #63d6d05c
-class PlaceLogits(nn.Module):
+class SpatialLogits(nn.Module):
     "One logit a place: (B, C, H, W) -> (B, 1, H, W)."
 
     def __init__(
@@ -253,7 +254,7 @@ class PlaceLogits(nn.Module):
         self.conv = nn.Conv2d(seen, 1, kernel, padding=kernel // 2, bias=bias, **kw)
         self.interior = Factors(count, interior, **kw)
 
-    def summaries(self, x: Tensor, smooth: Tensor) -> Tensor:
+    def descriptors(self, x: Tensor, smooth: Tensor) -> Tensor:
         "Minus the mean, the smoothed maximum, and the entropy, (B, 3, H, W)."
         p = [-channel_average(x), channel_maximum(smooth)]
         if self.entropy is not None:
@@ -262,7 +263,7 @@ class PlaceLogits(nn.Module):
 
     def forward(self, x: Tensor, smooth: Tensor | None = None) -> Tensor:
         smooth = self.low_pass(x) if smooth is None else smooth
-        p = self.interior(self.summaries(x, smooth))
+        p = self.interior(self.descriptors(x, smooth))
         return self.conv(p if self.stack else p.sum(1, keepdim=True))
 
 # %% ../../nbs/collaboration/cat.ipynb #e7b25b26
@@ -276,20 +277,20 @@ FUSIONS = (  # the first two have exterior factors
 )
 
 # %% ../../nbs/collaboration/cat.ipynb #a0c86615
-def shared_out(
+def combine_gates(
     l_channel: Tensor,  # logits (B, C, 1, 1)
-    l_place: Tensor,  # logits (B, 1, H, W)
+    l_spatial: Tensor,  # logits (B, 1, H, W)
     weights: Tensor,  # (2,)
     fusion: str,  # "algorithm" or "equation"
 ) -> dict[str, Tensor]:
     "The two gates that are added."
     w_c, w_p = weights.unbind()
-    s_place = l_place.sigmoid()
+    s_spatial = l_spatial.sigmoid()
     if fusion == "equation":
-        s_channel, s_place = (w_c * l_channel).sigmoid(), (w_p * s_place).sigmoid()
+        s_channel, s_spatial = (w_c * l_channel).sigmoid(), (w_p * s_spatial).sigmoid()
     else:
-        s_channel, s_place = w_c * l_channel.sigmoid(), w_p * s_place
-    return {"channel": s_channel, "spatial": s_place}
+        s_channel, s_spatial = w_c * l_channel.sigmoid(), w_p * s_spatial
+    return {"channel": s_channel, "spatial": s_spatial}
 
 # %% ../../nbs/collaboration/cat.ipynb #0bedfb28
 class Collaboration(Attention):
@@ -300,8 +301,8 @@ class Collaboration(Attention):
         smooth = self.spatial.low_pass(x)
         shared = self.channel.low_pass.along == "2d"
         l_channel = self.channel(x, smooth if shared else None)
-        l_place = self.spatial(x, smooth)
-        return shared_out(l_channel, l_place, self.exterior.weights(), self.fusion)
+        l_spatial = self.spatial(x, smooth)
+        return combine_gates(l_channel, l_spatial, self.exterior.weights(), self.fusion)
 
     def attend(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "The scaled map, and what scaled it."
@@ -387,13 +388,13 @@ class CAT(Collaboration):
         smooth = low_pass("2d")
         own = smooth if channel_filter == "2d" else low_pass(channel_filter)
         scale = partial(ScaledEntropy, span=entropy_span, scope=entropy_scope)
-        h_channel, h_place = (f and scale(f) for f in ENTROPIES[entropy])
+        h_channel, h_spatial = (f and scale(f) for f in ENTROPIES[entropy])
         hidden = max(channels // reduction, min_hidden) if perceptron else 0
         channel = channels, hidden, bias, interior, h_channel, own
-        spatial = kernel, bias, summaries, interior, h_place, smooth
+        spatial = kernel, bias, summaries, interior, h_spatial, smooth
         parts = {
             "channel": ChannelLogits(*channel, **kw),
-            "spatial": PlaceLogits(*spatial, **kw),
+            "spatial": SpatialLogits(*spatial, **kw),
         }
         self.fusion, both = fusion, fusion in FUSIONS[:2]
         self.exterior = Factors(2, exterior, **kw) if both else None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANNEL_POOLS', 'ORDERS', 'POOL_TYPES', 'AUTHORS_NAMES', 'SCSA_AUTHORS_NAMES', 'ENTRY', 'ChannelLogits',
-           'channel_extremes', 'PlaceLogits', 'TwoGates', 'CBAM', 'authors_options', 'scsa_authors_options',
+           'channel_extremes', 'SpatialLogits', 'TwoGates', 'CBAM', 'authors_options', 'scsa_authors_options',
            'maximum_first']
 
 # %% ../../nbs/hybrid/cbam.ipynb #7ba9eb11
@@ -67,7 +67,7 @@ def channel_extremes(
     return torch.cat([channel_maximum(x), channel_average(x)], dim=1)
 
 # %% ../../nbs/hybrid/cbam.ipynb #44bfe6ad
-class PlaceLogits(nn.Module):
+class SpatialLogits(nn.Module):
     "One logit a place: (B, C, H, W) -> (B, 1, H, W)."
 
     def __init__(
@@ -157,7 +157,7 @@ class CBAM(TwoGates):
         super().__init__(channels, order)
         kw = {"device": device, "dtype": dtype}
         self.channel = ChannelLogits(channels, reduction, min_hidden, channel_pool, bias, **kw)
-        self.spatial = PlaceLogits(channels, kernel, spatial_pool, batch_norm, zero_init, **kw)
+        self.spatial = SpatialLogits(channels, kernel, spatial_pool, batch_norm, zero_init, **kw)
 
 # %% ../../nbs/hybrid/cbam.ipynb #45a017fb
 POOL_TYPES = {"avg max": "both", "avg": "average", "max": "maximum"}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POSITION_ENTRY', 'CHANNEL_ENTRY', 'PositionAttention', 'single_precision', 'ChannelAttention', 'conv_block',
-           'classifier', 'Scores', 'branch', 'DANetHead']
+           'classifier', 'DANetLogits', 'branch', 'DANetHead']
 
 # %% ../../nbs/spatial/danet.ipynb #6d90c018
 from collections.abc import Mapping
@@ -50,9 +50,9 @@ class PositionAttention(PairwiseAttention):
         self.check(x)
         return tokens(self.query(x)), tokens(self.key(x)), tokens(self.value(x))
 
-    def hear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def aggregate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         "What each place has heard: (B, N, C)."
-        attend = fused_attention if self.fused else super().hear
+        attend = fused_attention if self.fused else super().aggregate
         return attend(q, k, v)
 
     def finish(self, x: Tensor, o: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ class ChannelAttention(Attention):
 
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The output for given shares, such as those of `attention_maps(x)`."
-        heard = (maps["channel"] @ x.flatten(2)).unflatten(2, x.shape[2:])
-        return torch.addcmul(x, self.gamma, heard)
+        received = (maps["channel"] @ x.flatten(2)).unflatten(2, x.shape[2:])
+        return torch.addcmul(x, self.gamma, received)
 
 # %% ../../nbs/spatial/danet.ipynb #0d0235bc
 def conv_block(channels: int, out: int, **factory) -> nn.Sequential:
@@ -116,11 +116,11 @@ def classifier(
     **factory,  # device, dtype
 ) -> nn.Sequential:
     "Scores of every place."
-    scores = nn.Conv2d(channels, classes, 1, **factory)
-    return nn.Sequential(nn.Dropout2d(dropout), scores)
+    logits = nn.Conv2d(channels, classes, 1, **factory)
+    return nn.Sequential(nn.Dropout2d(dropout), logits)
 
 # %% ../../nbs/spatial/danet.ipynb #a4185b5b
-class Scores(NamedTuple):
+class DANetLogits(NamedTuple):
     "Scores of every class at every place, (B, classes, H, W) each."
 
     both: Tensor  # of the sum of the branches: the prediction
@@ -136,7 +136,7 @@ def branch(channels: int, inner: int, attention: type, **factory) -> nn.Sequenti
 
 # %% ../../nbs/spatial/danet.ipynb #f3261065
 class DANetHead(nn.Module):
-    """Two branches of attention, classified: `(B, C, H, W) -> Scores`, same H, W.
+    """Two branches of attention, classified: `(B, C, H, W) -> DANetLogits`, same H, W.
 
     Source: Fu et al., CVPR 2019, section 3; widths and dropout from the authors'
     code. Raises `ValueError` for sizes that are not positive integers, and when it
@@ -164,10 +164,10 @@ class DANetHead(nn.Module):
         for name in ("both", "of_position", "of_channel"):
             self.add_module(name, classifier(inner, classes, dropout, **kw))
 
-    def forward(self, x: Tensor) -> Scores:
+    def forward(self, x: Tensor) -> DANetLogits:
         Attention.check(self, x)
         p, c = self.position(x), self.channel(x)
-        return Scores(self.both(p + c), self.of_position(p), self.of_channel(c))
+        return DANetLogits(self.both(p + c), self.of_position(p), self.of_channel(c))
 
 # %% ../../nbs/spatial/danet.ipynb #27b81853
 POSITION_ENTRY = Entry(

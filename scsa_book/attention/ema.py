@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
 from .smsa import GroupNorm
-from ..operators.convolution import mixture_and_mean, weigh
+from ..operators.convolution import mixture_and_mean, weighted_mean
 from ..operators.gating import gate_axes
 from ..operators.strips import strip_average
 
@@ -25,14 +25,14 @@ class CrossSpatial(nn.Module):
         self.norm = GroupNorm(channels, channels, **kw)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, **kw)
 
-    def by_strips(self, g: Tensor, z_h: Tensor, z_w: Tensor) -> Tensor:
+    def branch_1x1(self, g: Tensor, z_h: Tensor, z_w: Tensor) -> Tensor:
         "The first branch: (N, c, H, W) -> (N, c, H, W)."
         u = self.mix(torch.cat([z_h, z_w], 2)).sigmoid()
         # Two slices: of a split, Inductor (PyTorch 2.15, CPU) takes a wrong gradient.
         u_h, u_w = u[..., : g.shape[2]], u[..., g.shape[2] :]
         return self.norm(gate_axes(g, u_h[..., None], u_w[:, :, None]))
 
-    def by_places(self, g: Tensor, z_w: Tensor) -> tuple[Tensor, Tensor]:
+    def branch_3x3(self, g: Tensor, z_w: Tensor) -> tuple[Tensor, Tensor]:
         "The second, mixed by shares that are known, and its shares: (N, H, W), (N, c)."
         # For every image, the mean of the other branch is the bias of its norm.
         known = self.norm.bias.softmax(0)
@@ -41,8 +41,8 @@ class CrossSpatial(nn.Module):
 
     def forward(self, g: Tensor) -> Tensor:
         z_h, z_w = strip_average(g)
-        mixed, seen = self.by_places(g, z_w)
-        return mixed + weigh(seen, self.by_strips(g, z_h, z_w))
+        mixed, seen = self.branch_3x3(g, z_w)
+        return mixed + weighted_mean(seen, self.branch_1x1(g, z_h, z_w))
 
 # %% ../../nbs/hybrid/ema.ipynb #e193cb0e
 class EMA(Attention):

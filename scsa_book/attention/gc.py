@@ -50,17 +50,17 @@ def weighted_mean(
 class ContextAttention(Attention):
     "What a context does to a map; `GlobalContext` brings the layers."
 
-    def places(self, x: Tensor) -> Tensor:
+    def position_weights(self, x: Tensor) -> Tensor:
         "The share of each place in the context, (B, 1, H, W), one in sum."
         if self.pool == "average":
             return torch.full_like(x[:, :1], 1 / (x.shape[2] * x.shape[3]))
         return self.mask(x).flatten(2).softmax(-1).unflatten(2, x.shape[2:])
 
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
-        "`place`, (B, 1, H, W); of its context `scale`, `shift`, (B, C, 1, 1)."
+        "`spatial`, (B, 1, H, W); of its context `scale`, `shift`, (B, C, 1, 1)."
         self.check(x)
-        maps = {"place": self.places(x)}
-        context = weighted_mean(x, maps["place"])
+        maps = {"spatial": self.position_weights(x)}
+        context = weighted_mean(x, maps["spatial"])
         if self.fusion != "add":
             maps["scale"] = self.scale(context).sigmoid()[:, :, None, None]
         if self.fusion != "mul":

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIRWISE', 'POOLS', 'ENTRY', 'tokens', 'as_map', 'gaussian_weights', 'dot_weights', 'concatenation_weights',
-           'fused_attention', 'PairwiseAttention', 'NonLocalBase', 'start', 'make_layers', 'NonLocal']
+           'fused_attention', 'PairwiseAttention', 'NonLocalBase', 'initialise', 'make_layers', 'NonLocal']
 
 # %% ../../nbs/spatial/non-local.ipynb #1c98b5df
 from collections.abc import Mapping
@@ -54,8 +54,8 @@ def concatenation_weights(
     w: Tensor,  # (1, 2 d)
 ) -> Tensor:  # (B, N, M), not negative
     "A rectified weighted sum of query and key, over the number of keys."
-    asks, answers = w.chunk(2, dim=1)
-    sums = F.linear(q, asks) + F.linear(k, answers).transpose(1, 2)
+    query_part, key_part = w.chunk(2, dim=1)
+    sums = F.linear(q, query_part) + F.linear(k, key_part).transpose(1, 2)
     return sums.relu() / k.shape[1]
 
 # %% ../../nbs/spatial/non-local.ipynb #be419a4c
@@ -79,7 +79,7 @@ class PairwiseAttention(Attention):
         "What each place (row) hears of each place that answers: (B, N, M)."
         return gaussian_weights(q, k, self.factor)
 
-    def hear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def aggregate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         "What each place has heard: (B, N, D)."
         return self.weights(q, k) @ v
 
@@ -93,7 +93,7 @@ class PairwiseAttention(Attention):
         return self.finish(x, maps["pairwise"] @ self.embed(x)[2])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.finish(x, self.hear(*self.embed(x)))
+        return self.finish(x, self.aggregate(*self.embed(x)))
 
 # %% ../../nbs/spatial/non-local.ipynb #38c75af0
 class NonLocalBase(PairwiseAttention):
@@ -116,11 +116,11 @@ class NonLocalBase(PairwiseAttention):
             return concatenation_weights(q, k, self.concat.weight)
         return super().weights(q, k)
 
-    def hear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def aggregate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         "What each place has heard: (B, N, d)."
         if self.pairwise in ("embedded", "gaussian"):
             return fused_attention(q, k, v, self.factor)
-        return super().hear(q, k, v)
+        return super().aggregate(q, k, v)
 
     def finish(self, x: Tensor, o: Tensor) -> Tensor:
         "The output, given what each place has heard, (B, N, d)."
@@ -134,7 +134,7 @@ PAIRWISE = ("embedded", "gaussian", "dot", "concatenation")
 POOLS = ("before", "after", "none")
 
 
-def start(layers: Mapping[str, nn.Module]) -> None:
+def initialise(layers: Mapping[str, nn.Module]) -> None:
     "Small weights, biases at zero, and a last layer whose answer is zero."
     for layer in layers.values():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -162,7 +162,7 @@ def make_layers(
     layers |= {"g": conv(channels, inner), "out": conv(inner, channels)}
     norm = nn.BatchNorm2d(channels, **factory) if batch_norm else nn.Identity()
     layers["norm"] = norm
-    start(layers)
+    initialise(layers)
     return layers
 
 # %% ../../nbs/spatial/non-local.ipynb #5b7b32e1

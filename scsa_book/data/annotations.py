@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COCO_REMEDY', 'VOC_REMEDY', 'VOC_CLASSES', 'VISDRONE_REMEDY', 'VISDRONE_CLASSES', 'EXDARK_REMEDY', 'EXDARK_CLASSES',
-           'EXDARK_SPLITS', 'FLIR_REMEDY', 'FLIR_CLASSES', 'Annotated', 'Annotations', 'Found', 'inside', 'annotated',
-           'number', 'label_of', 'text_of', 'all_there', 'load_json', 'field', 'coco_outline', 'coco_object',
-           'coco_labels', 'coco_groups', 'read_coco', 'fill', 'masks_of', 'load_xml', 'voc_object', 'read_voc',
-           'visdrone_object', 'size_on_disk', 'read_lines', 'read_visdrone', 'exdark_object', 'exdark_objects',
-           'exdark_listed', 'by_lower_case', 'read_exdark', 'read_flir']
+           'EXDARK_SPLITS', 'FLIR_REMEDY', 'FLIR_CLASSES', 'AnnotatedImage', 'Annotations', 'AnnotatedObject',
+           'clip_box', 'annotated_image', 'parse_number', 'label_of', 'text_of', 'check_images_exist', 'load_json',
+           'field', 'coco_outline', 'coco_object', 'coco_labels', 'coco_groups', 'read_coco', 'fill', 'masks_of',
+           'load_xml', 'voc_object', 'read_voc', 'visdrone_object', 'size_on_disk', 'read_lines', 'read_visdrone',
+           'exdark_object', 'exdark_objects', 'exdark_listed', 'by_lower_case', 'read_exdark', 'read_flir']
 
 # %% ../../nbs/training/annotations.ipynb #d32ccb5c
 import json
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 import numpy as np
-from .images import opened
-from ..places import DataError
+from .images import open_image
+from ..paths import DataError
 
 # %% ../../nbs/training/annotations.ipynb #63950586
 @dataclass(frozen=True)
-class Annotated:
+class AnnotatedImage:
     "A picture on disk and what is in it; the arrays have one row an object."
 
     file: Path
@@ -43,11 +43,11 @@ class Annotations:
 
     split: str  # which half
     classes: tuple[str, ...]  # the name of label i is classes[i - 1]
-    pictures: tuple[Annotated, ...]
+    images: tuple[AnnotatedImage, ...]
     notes: tuple[str, ...] = ()  # what was clipped or left out, and where
 
 # %% ../../nbs/training/annotations.ipynb #2aff9956
-class Found(NamedTuple):
+class AnnotatedObject(NamedTuple):
     "An object as a reader found it."
 
     where: str  # file and line or object, for messages
@@ -58,7 +58,7 @@ class Found(NamedTuple):
     outline: list | dict | None = None
 
 # %% ../../nbs/training/annotations.ipynb #901834b1
-def inside(found: Found, width: int, height: int, notes: list[str]) -> list[float] | None:
+def clip_box(found: AnnotatedObject, width: int, height: int, notes: list[str]) -> list[float] | None:
     "The box of `found` clipped to the picture; None, and a note, if nothing is left of it."
     limits = (width, height, width, height)
     pairs = zip(found.box, limits, strict=True)
@@ -72,22 +72,22 @@ def inside(found: Found, width: int, height: int, notes: list[str]) -> list[floa
     return box
 
 # %% ../../nbs/training/annotations.ipynb #17829e97
-def annotated(
+def annotated_image(
     file: Path,
     size: tuple[int, int],  # height, width
     image_id: int,
-    found: Iterable[Found],
+    found: Iterable[AnnotatedObject],
     notes: list[str],
-) -> Annotated:
+) -> AnnotatedImage:
     "A picture with the objects that have an area inside it."
     height, width = size
-    kept = [(f, box) for f in found if (box := inside(f, width, height, notes))]
+    kept = [(f, box) for f in found if (box := clip_box(f, width, height, notes))]
     boxes = np.array([box for _, box in kept], np.float32).reshape(-1, 4)
     whole = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     pairs = zip((f for f, _ in kept), whole, strict=True)
     areas = [part if f.area is None else f.area for f, part in pairs]
     outlines = tuple(f.outline for f, _ in kept)
-    return Annotated(
+    return AnnotatedImage(
         file, height, width, image_id, boxes,
         labels=np.array([f.label for f, _ in kept], np.int64),
         crowd=np.array([f.crowd for f, _ in kept], bool),
@@ -96,7 +96,7 @@ def annotated(
     )  # fmt: skip
 
 # %% ../../nbs/training/annotations.ipynb #1d9d6494
-def number(text: str | None, where: str, what: str) -> float:
+def parse_number(text: str | None, where: str, what: str) -> float:
     "`text` as a number; DataError that says where and what it was to be."
     try:
         return float(text)
@@ -124,16 +124,16 @@ def text_of(path: Path, remedy: str) -> str:
         raise DataError(what, path.parent, "Fetch the file again.") from None
 
 # %% ../../nbs/training/annotations.ipynb #cd1d5307
-def all_there(half: Annotations, remedy: str) -> Annotations:
-    "`half`, after making sure that it has pictures, and that each is on disk."
-    missing = [p.file for p in half.pictures if not p.file.is_file()]
+def check_images_exist(annotations: Annotations, remedy: str) -> Annotations:
+    "`annotations`, after making sure that it has pictures, and that each is on disk."
+    missing = [p.file for p in annotations.images if not p.file.is_file()]
     if missing:
-        of_all = f"{len(missing)} of {len(half.pictures)} pictures missing"
+        of_all = f"{len(missing)} of {len(annotations.images)} pictures missing"
         what = f"{of_all}, first {missing[0].name}"
         raise DataError(what, missing[0].parent, remedy)
-    if not half.pictures:
-        raise DataError(f"no pictures in the half {half.split!r}", "the annotations", remedy)
-    return half
+    if not annotations.images:
+        raise DataError(f"no pictures in the half {annotations.split!r}", "the annotations", remedy)
+    return annotations
 
 # %% ../../nbs/training/annotations.ipynb #51c8689d
 COCO_REMEDY = (
@@ -172,18 +172,18 @@ def coco_outline(entry: dict, size: tuple[int, int], where: str) -> list | dict 
     return outline
 
 # %% ../../nbs/training/annotations.ipynb #e6e9b3f1
-def coco_object(entry: dict, size: tuple[int, int], labels: dict, where: str) -> Found:
+def coco_object(entry: dict, size: tuple[int, int], labels: dict, where: str) -> AnnotatedObject:
     "One annotation of a COCO file."
     box = field(entry, "bbox", where)
     if len(box) != 4:
         raise DataError(f"bbox has {len(box)} numbers, not 4", where, "Correct the file.")
-    x, y, w, h = (number(v, where, "bbox") for v in box)
+    x, y, w, h = (parse_number(v, where, "bbox") for v in box)
     label = labels.get(field(entry, "category_id", where))
     if label is None:
         what = f"category_id {entry['category_id']} is not among the categories"
         raise DataError(what, where, COCO_REMEDY)
     area, outline = entry.get("area"), coco_outline(entry, size, where)
-    return Found(where, (x, y, x + w, y + h), label, bool(entry.get("iscrowd")), area, outline)
+    return AnnotatedObject(where, (x, y, x + w, y + h), label, bool(entry.get("iscrowd")), area, outline)
 
 # %% ../../nbs/training/annotations.ipynb #51f987cb
 def coco_labels(content: dict, classes: Sequence[str] | None, where: str) -> tuple[tuple, dict]:
@@ -201,7 +201,7 @@ def coco_groups(content: dict, where: str) -> dict[int, list[dict]]:
     "The annotations of each picture by its id; DataError for a picture that is not listed."
     groups = {field(image, "id", where): [] for image in field(content, "images", where)}
     for number_, entry in enumerate(field(content, "annotations", where)):
-        here = f"{where}, annotation {entry.get('id', f'number {number_}')}"
+        here = f"{where}, annotation {entry.get('id', f'parse_number {number_}')}"
         image = field(entry, "image_id", here)
         if image not in groups:
             raise DataError(f"image_id {image} is not among the images", here, COCO_REMEDY)
@@ -216,7 +216,7 @@ def read_coco(
     classes: Sequence[str] | None = None,  # use only these; None: all that the file lists
 ) -> Annotations:
     "One half of a set in COCO's format."
-    content, notes, pictures = load_json(file), [], []
+    content, notes, images = load_json(file), [], []
     names, labels = coco_labels(content, classes, str(file))
     groups, unused = coco_groups(content, str(file)), 0
     for image in content["images"]:
@@ -228,10 +228,10 @@ def read_coco(
         unused += sum(f.label == 0 for f in found)
         objects = [f for f in found if f.label]
         path = folder / field(image, "file_name", where)
-        pictures.append(annotated(path, size, image["id"], objects, notes))
+        images.append(annotated_image(path, size, image["id"], objects, notes))
     if unused:
         notes.append(f"{file}: {unused} annotations of classes that are not used left out")
-    return all_there(Annotations(split, names, tuple(pictures), tuple(notes)), COCO_REMEDY)
+    return check_images_exist(Annotations(split, names, tuple(images), tuple(notes)), COCO_REMEDY)
 
 # %% ../../nbs/training/annotations.ipynb #dcbebce0
 def fill(outline: list | dict, height: int, width: int) -> np.ndarray:
@@ -247,13 +247,13 @@ def fill(outline: list | dict, height: int, width: int) -> np.ndarray:
     return coco.decode(runs)
 
 # %% ../../nbs/training/annotations.ipynb #c09bbefa
-def masks_of(picture: Annotated) -> np.ndarray:
+def masks_of(image: AnnotatedImage) -> np.ndarray:
     "The masks of a picture, uint8 (N, H, W); DataError where it has boxes only."
-    if picture.outlines is None and len(picture.labels):
-        what = f"{picture.file.name} has objects without masks"
-        raise DataError(what, picture.file.parent, "Use a set with masks, or boxes only.")
-    masks = [fill(o, picture.height, picture.width) for o in picture.outlines or ()]
-    return np.stack(masks) if masks else np.zeros((0, picture.height, picture.width), np.uint8)
+    if image.outlines is None and len(image.labels):
+        what = f"{image.file.name} has objects without masks"
+        raise DataError(what, image.file.parent, "Use a set with masks, or boxes only.")
+    masks = [fill(o, image.height, image.width) for o in image.outlines or ()]
+    return np.stack(masks) if masks else np.zeros((0, image.height, image.width), np.uint8)
 
 # %% ../../nbs/training/annotations.ipynb #93cfa319
 VOC_REMEDY = (
@@ -276,14 +276,14 @@ def load_xml(path: Path):
         raise DataError(what, path.parent, "Fetch the file again.") from None
 
 # %% ../../nbs/training/annotations.ipynb #94b9055c
-def voc_object(element, classes: Sequence[str], first: int, where: str) -> Found:
+def voc_object(element, classes: Sequence[str], first: int, where: str) -> AnnotatedObject:
     "One object of a VOC file."
     names = ("xmin", "ymin", "xmax", "ymax")
-    edges = [number(element.findtext(f"bndbox/{n}"), where, n) for n in names]
+    edges = [parse_number(element.findtext(f"bndbox/{n}"), where, n) for n in names]
     name = (element.findtext("name") or "").strip()
     box = (edges[0] - first, edges[1] - first, edges[2], edges[3])
     difficult = (element.findtext("difficult") or "0").strip() == "1"
-    return Found(where, box, label_of(name, classes, where), difficult)
+    return AnnotatedObject(where, box, label_of(name, classes, where), difficult)
 
 # %% ../../nbs/training/annotations.ipynb #d20a0eb3
 def read_voc(
@@ -295,18 +295,18 @@ def read_voc(
 ) -> Annotations:
     "One split of a set in Pascal VOC's format; difficult objects are crowds."
     listed = text_of(folder / "ImageSets" / "Main" / f"{split}.txt", VOC_REMEDY).split()
-    pictures, notes = [], []
+    images, notes = [], []
     for image_id, name in enumerate(listed, first_id):
         path = folder / "Annotations" / f"{name}.xml"
         root = load_xml(path)
-        size = [number(root.findtext(f"size/{s}"), str(path), s) for s in ("height", "width")]
+        size = [parse_number(root.findtext(f"size/{s}"), str(path), s) for s in ("height", "width")]
         objects = enumerate(root.iter("object"), 1)
         found = [voc_object(o, classes, first, f"{path}, object {i}") for i, o in objects]
         image = folder / "JPEGImages" / f"{name}.jpg"
         height, width = map(int, size)
-        pictures.append(annotated(image, (height, width), image_id, found, notes))
-    half = Annotations(split, tuple(classes), tuple(pictures), tuple(notes))
-    return all_there(half, VOC_REMEDY)
+        images.append(annotated_image(image, (height, width), image_id, found, notes))
+    annotations = Annotations(split, tuple(classes), tuple(images), tuple(notes))
+    return check_images_exist(annotations, VOC_REMEDY)
 
 # %% ../../nbs/training/annotations.ipynb #b4f958a9
 VISDRONE_REMEDY = (
@@ -319,25 +319,25 @@ VISDRONE_CLASSES = (
 )  # fmt: skip
 
 
-def visdrone_object(line: str, where: str) -> Found:
+def visdrone_object(line: str, where: str) -> AnnotatedObject:
     "One line of a VisDrone file; what is not to be counted is a crowd."
     parts = line.rstrip().rstrip(",").split(",")
     if len(parts) != 8:
         raise DataError(f"{len(parts)} numbers, not 8", where, "Correct the file.")
     names = ("left", "top", "width", "height", "score", "category")
     pairs = zip(parts[:6], names, strict=True)
-    x, y, w, h, score, category = (number(p, where, n) for p, n in pairs)
+    x, y, w, h, score, category = (parse_number(p, where, n) for p, n in pairs)
     if category not in range(12):
         raise DataError(f"unknown category {parts[5]}", where, "Known: 0 to 11.")
     label = int(category) if category in range(1, 11) else 0
-    return Found(where, (x, y, x + w, y + h), label, score == 0 or label == 0)
+    return AnnotatedObject(where, (x, y, x + w, y + h), label, score == 0 or label == 0)
 
 # %% ../../nbs/training/annotations.ipynb #ddae0580
 def size_on_disk(path: Path, remedy: str) -> tuple[int, int]:
     "Height and width of a picture from its header; DataError if it is missing or none."
     if not path.is_file():
         raise DataError(f"no file {path.name}", path.parent, remedy)
-    with opened(path, remedy) as file:
+    with open_image(path, remedy) as file:
         return file.height, file.width
 
 # %% ../../nbs/training/annotations.ipynb #f454f3c2
@@ -351,14 +351,14 @@ def read_visdrone(folder: Path, split: str) -> Annotations:
     "One half of VisDrone-DET: a folder with `images` and `annotations`."
     if not (folder / "images").is_dir():
         raise DataError("no folder `images`", folder, VISDRONE_REMEDY)
-    pictures, notes = [], []
+    images, notes = [], []
     for image_id, image in enumerate(sorted((folder / "images").glob("*.jpg"))):
         path = folder / "annotations" / f"{image.stem}.txt"
         found = [visdrone_object(*line) for line in read_lines(path, VISDRONE_REMEDY)]
         size = size_on_disk(image, VISDRONE_REMEDY)
-        pictures.append(annotated(image, size, image_id, found, notes))
-    half = Annotations(split, VISDRONE_CLASSES, tuple(pictures), tuple(notes))
-    return all_there(half, VISDRONE_REMEDY)
+        images.append(annotated_image(image, size, image_id, found, notes))
+    annotations = Annotations(split, VISDRONE_CLASSES, tuple(images), tuple(notes))
+    return check_images_exist(annotations, VISDRONE_REMEDY)
 
 # %% ../../nbs/training/annotations.ipynb #d22bc4f5
 EXDARK_REMEDY = (
@@ -372,17 +372,17 @@ EXDARK_CLASSES = (
 EXDARK_SPLITS = {"train": 1, "val": 2, "test": 3}
 
 # %% ../../nbs/training/annotations.ipynb #8d3286fd
-def exdark_object(line: str, where: str) -> Found:
+def exdark_object(line: str, where: str) -> AnnotatedObject:
     "One line of an ExDark file."
     name, *parts = line.split()
     if len(parts) < 4:
         raise DataError(f"{len(parts)} numbers, not 4 or more", where, "Correct the file.")
     names = ("left", "top", "width", "height")
-    x, y, w, h = (number(p, where, n) for p, n in zip(parts, names, strict=False))
-    return Found(where, (x, y, x + w, y + h), label_of(name, EXDARK_CLASSES, where))
+    x, y, w, h = (parse_number(p, where, n) for p, n in zip(parts, names, strict=False))
+    return AnnotatedObject(where, (x, y, x + w, y + h), label_of(name, EXDARK_CLASSES, where))
 
 # %% ../../nbs/training/annotations.ipynb #4eb76328
-def exdark_objects(path: Path) -> list[Found]:
+def exdark_objects(path: Path) -> list[AnnotatedObject]:
     "The objects of one annotation file of ExDark."
     lines = read_lines(path, EXDARK_REMEDY)
     if not lines or not lines[0][0].startswith("% bbGt version=3"):
@@ -398,7 +398,7 @@ def exdark_listed(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
         name, *codes = line.split()
         if len(codes) != 4:
             raise DataError(f"{len(codes) + 1} columns, not 5", where, EXDARK_REMEDY)
-        kind, _, _, split = (int(number(c, where, "a code")) for c in codes)
+        kind, _, _, split = (int(parse_number(c, where, "a code")) for c in codes)
         if kind not in range(1, 13):
             raise DataError(f"unknown class {kind}", where, "Known: 1 to 12.")
         if split in wanted:
@@ -413,17 +413,17 @@ def by_lower_case(folder: Path) -> dict[str, Path]:
 # %% ../../nbs/training/annotations.ipynb #5b271516
 def read_exdark(folder: Path, splits: Sequence[str] = ("train", "val")) -> Annotations:
     "The pictures of ExDark in `splits` (train, val, test)."
-    pictures, notes = [], []
-    images = {c: by_lower_case(folder / "ExDark" / c) for c in EXDARK_CLASSES}
+    images, notes = [], []
+    image_files = {c: by_lower_case(folder / "ExDark" / c) for c in EXDARK_CLASSES}
     texts = {c: by_lower_case(folder / "ExDark_Annno" / c) for c in EXDARK_CLASSES}
     for image_id, (kind, name) in enumerate(exdark_listed(folder, splits)):
-        image = images[kind].get(name.lower(), folder / "ExDark" / kind / name)
+        image = image_files[kind].get(name.lower(), folder / "ExDark" / kind / name)
         text = f"{name}.txt"
         path = texts[kind].get(text.lower(), folder / "ExDark_Annno" / kind / text)
         size = size_on_disk(image, EXDARK_REMEDY)
-        pictures.append(annotated(image, size, image_id, exdark_objects(path), notes))
-    half = Annotations("+".join(splits), EXDARK_CLASSES, tuple(pictures), tuple(notes))
-    return all_there(half, EXDARK_REMEDY)
+        images.append(annotated_image(image, size, image_id, exdark_objects(path), notes))
+    annotations = Annotations("+".join(splits), EXDARK_CLASSES, tuple(images), tuple(notes))
+    return check_images_exist(annotations, EXDARK_REMEDY)
 
 # %% ../../nbs/training/annotations.ipynb #19d23ca9
 FLIR_REMEDY = (
@@ -438,7 +438,7 @@ FLIR_CLASSES = (
 
 def read_flir(folder: Path, split: str) -> Annotations:
     "The thermal pictures of one half: `train` or `val`."
-    place = folder / f"images_thermal_{split}"
-    if not (place / "coco.json").is_file():
-        raise DataError("no file coco.json", place, FLIR_REMEDY)
-    return read_coco(place / "coco.json", place, split, FLIR_CLASSES)
+    folder_of_split = folder / f"images_thermal_{split}"
+    if not (folder_of_split / "coco.json").is_file():
+        raise DataError("no file coco.json", folder_of_split, FLIR_REMEDY)
+    return read_coco(folder_of_split / "coco.json", folder_of_split, split, FLIR_CLASSES)

@@ -11,7 +11,7 @@ import gzip
 import torch
 from torch import Tensor
 from pathlib import Path
-from ..places import DataError, embedded, known_file
+from ..paths import DataError, embedded, known_file
 
 # %% ../../nbs/training/fashion.ipynb #dadf7d36
 IMAGES, LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"

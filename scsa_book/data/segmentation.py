@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'CAMVID_REMEDY', 'ADE_REMEDY', 'of_scenes', 'of_mini', 'FACTS', 'NO_CLASS', 'CAMVID_CLASSES', 'CAMVID_TABLE',
-           'ADE_TABLE', 'SegmentationFacts', 'as_imagenet', 'facts', 'continued', 'dominated', 'uniform', 'whole',
-           'JointChange', 'ClassMaps', 'class_map', 'ObjectMaps', 'grey_table', 'read_classes', 'FileMaps', 'paired',
-           'camvid_files', 'ade_files', 'ade_classes', 'SegmentationSet', 'from_files', 'from_objects', 'from_scenes',
-           'segmentation_set']
+           'ADE_TABLE', 'SegmentationFacts', 'as_imagenet', 'facts', 'pad_to_size', 'one_class_dominates', 'uniform',
+           'random_int', 'JointTransform', 'ClassMaps', 'class_map', 'ObjectMaps', 'grey_table', 'read_classes',
+           'FileMaps', 'pair_files', 'camvid_files', 'ade_files', 'ade_classes', 'SegmentationDataset', 'from_files',
+           'from_objects', 'from_scenes', 'segmentation_dataset']
 
 # %% ../../nbs/training/segmentation-data.ipynb #ef6e727f
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +22,11 @@ from torchvision.transforms import v2
 from ..attention.registry import unknown
 from . import annotations as ann
 from . import detection
-from .detection import ANY, Detections, PictureDetections, SceneDetections
-from .images import IMAGENET, PICTURES, Draw, Facts, ImageSet
-from .images import fingerprint_of_files, opened, read_picture, seeded
+from .detection import ANY, Detections, ImageDetections, SceneDetections
+from .images import IMAGENET, IMAGE_SUFFIXES, BatchIndices, Facts, ImageDataset
+from .images import fingerprint_of_files, open_image, read_image, seeded
 from .scenes import SceneOptions
-from ..places import DataError
+from ..paths import DataError
 
 # %% ../../nbs/training/segmentation-data.ipynb #37223377
 IGNORE = 255
@@ -75,7 +75,7 @@ def facts(name: str) -> SegmentationFacts:
     return FACTS[name]
 
 # %% ../../nbs/training/segmentation-data.ipynb #73d582d0
-def continued(image: Tensor, classes: Tensor, h: int, w: int, colour: Sequence[float]) -> tuple:
+def pad_to_size(image: Tensor, classes: Tensor, h: int, w: int, colour: Sequence[float]) -> tuple:
     "Picture (3, H, W) and classes (H, W), to the right and below continued to at least h x w."
     below, right = max(0, h - image.shape[1]), max(0, w - image.shape[2])
     if not below and not right:
@@ -87,7 +87,7 @@ def continued(image: Tensor, classes: Tensor, h: int, w: int, colour: Sequence[f
     return torch.stack(parts), F.pad(classes, edges, value=IGNORE)
 
 # %% ../../nbs/training/segmentation-data.ipynb #774a1ea4
-def dominated(classes: Tensor, most: float = 0.75) -> bool:
+def one_class_dominates(classes: Tensor, most: float = 0.75) -> bool:
     "Whether one class fills more than `most` of the pixels that have one."
     counts = torch.bincount(classes.flatten(), minlength=256)[:IGNORE]
     return bool(counts.max() > most * counts.sum())
@@ -98,12 +98,12 @@ def uniform(low: float, high: float) -> float:
     return low + (high - low) * torch.rand(()).item()
 
 
-def whole(below: int) -> int:
+def random_int(below: int) -> int:
     "A random whole number from 0 to `below` - 1."
     return int(torch.randint(below, ()))
 
 # %% ../../nbs/training/segmentation-data.ipynb #29690478
-class JointChange:
+class JointTransform:
     "A random window of picture and classes, scaled to one size and mirrored half of the time."
 
     def __init__(
@@ -121,11 +121,11 @@ class JointChange:
         "A part of the picture that has the size of the crop once it is scaled."
         factor = uniform(*self.scale)
         h, w = (max(1, round(side / factor)) for side in self.crop)
-        image, classes = continued(image, classes, h, w, self.colour)
+        image, classes = pad_to_size(image, classes, h, w, self.colour)
         for _ in range(self.tries):
-            t, l = whole(image.shape[1] - h + 1), whole(image.shape[2] - w + 1)
+            t, l = random_int(image.shape[1] - h + 1), random_int(image.shape[2] - w + 1)
             part = classes[t : t + h, l : l + w]
-            if part.numel() == classes.numel() or not dominated(part):
+            if part.numel() == classes.numel() or not one_class_dominates(part):
                 break
         return image[:, t : t + h, l : l + w], part
 
@@ -142,20 +142,20 @@ class JointChange:
 class ClassMaps(Dataset):
     "Pictures with a class for each pixel; where from, a subclass says."
 
-    change: Callable | None = None  # a random change of picture and classes
+    augment: Callable | None = None  # a random change of picture and classes
     colour: Sequence[float] = IMAGENET.mean
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
         "Picture, uint8 (3, H, W), and classes, uint8 (H, W), number `index`."
         raise NotImplementedError
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        with seeded(draw.seed):
-            pairs = [self.pair(i) for i in draw.indices.tolist()]
-            if self.change:
-                pairs = [self.change(*pair) for pair in pairs]
+    def __getitem__(self, batch: BatchIndices) -> tuple[Tensor, Tensor]:
+        with seeded(batch.seed):
+            pairs = [self.pair(i) for i in batch.indices.tolist()]
+            if self.augment:
+                pairs = [self.augment(*pair) for pair in pairs]
         h, w = (max((x.shape[d] for x, _ in pairs), default=0) for d in (1, 2))
-        pairs = [continued(x, y, h, w, self.colour) for x, y in pairs]
+        pairs = [pad_to_size(x, y, h, w, self.colour) for x, y in pairs]
         if not pairs:  # one process's share of the last batch may be empty
             nothing = torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
             return nothing, nothing[:, 0].long()
@@ -179,8 +179,8 @@ def class_map(target: Mapping[str, Tensor], height: int, width: int) -> Tensor:
 class ObjectMaps(ClassMaps):
     "Classes from the objects of a set for detection."
 
-    def __init__(self, source: Detections, change: Callable | None = None):
-        self.source, self.change = source, change
+    def __init__(self, source: Detections, augment: Callable | None = None):
+        self.source, self.augment = source, augment
 
     def __len__(self) -> int:
         return len(self.source)
@@ -202,7 +202,7 @@ def grey_table(meaning: Mapping[int, int]) -> np.ndarray:
 # %% ../../nbs/training/segmentation-data.ipynb #c613cf3f
 def read_classes(path: Path, table: np.ndarray, remedy: str) -> Tensor:
     "Classes, uint8 (H, W), of a file of greys; DataError for a grey that means nothing."
-    with opened(path, remedy) as file:
+    with open_image(path, remedy) as file:
         greys = np.asarray(file)
     if greys.ndim != 2 or greys.dtype != np.uint8:
         raise DataError(f"{path.name} has colours, not numbers of classes", path.parent, remedy)
@@ -221,29 +221,29 @@ class FileMaps(ClassMaps):
         files: Sequence[tuple[Path, Path]],  # picture and classes
         table: np.ndarray,
         remedy: str,
-        change: Callable | None = None,
+        augment: Callable | None = None,
     ):
-        self.files, self.table, self.remedy, self.change = files, table, remedy, change
+        self.files, self.table, self.remedy, self.augment = files, table, remedy, augment
 
     def __len__(self) -> int:
         return len(self.files)
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
-        picture, path = self.files[index]
-        image = v2.functional.pil_to_tensor(read_picture(picture))
+        image_path, path = self.files[index]
+        image = v2.functional.pil_to_tensor(read_image(image_path))
         classes = read_classes(path, self.table, self.remedy)
         if image.shape[1:] != classes.shape:
-            what = f"{picture.name} and its classes {path.name} have different sizes"
+            what = f"{image_path.name} and its classes {path.name} have different sizes"
             raise DataError(what, path.parent, self.remedy)
         return image, classes
 
 # %% ../../nbs/training/segmentation-data.ipynb #794735e7
-def paired(images: Path, classes: Path, remedy: str) -> list[tuple[Path, Path]]:
+def pair_files(images: Path, classes: Path, remedy: str) -> list[tuple[Path, Path]]:
     "Pictures of a folder with the files of their classes; DataError if one has none."
     for folder in (images, classes):
         if not folder.is_dir():
             raise DataError(f"no folder `{folder.name}`", folder.parent, remedy)
-    files = sorted(p for p in images.iterdir() if p.suffix.lower() in PICTURES)
+    files = sorted(p for p in images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     known = {p.stem: p for p in classes.glob("*.png")}
     lost = [p.name for p in files if p.stem not in known]
     if lost or not files:
@@ -259,24 +259,24 @@ CAMVID_CLASSES = (
 CAMVID_TABLE = grey_table({**{k: k for k in range(11)}, 11: IGNORE, IGNORE: IGNORE})
 
 
-def camvid_files(place: Path) -> list[list[tuple[Path, Path]]]:
+def camvid_files(location: Path) -> list[list[tuple[Path, Path]]]:
     "Pictures and classes of CamVid for learning and for testing."
-    halves = ("train", "test")
-    return [paired(place / h, place / f"{h}annot", CAMVID_REMEDY) for h in halves]
+    splits = ("train", "test")
+    return [pair_files(location / h, location / f"{h}annot", CAMVID_REMEDY) for h in splits]
 
 # %% ../../nbs/training/segmentation-data.ipynb #016cafff
 ADE_TABLE = grey_table({0: IGNORE, **{k: k - 1 for k in range(1, 151)}})
 
 
-def ade_files(place: Path) -> list[list[tuple[Path, Path]]]:
+def ade_files(location: Path) -> list[list[tuple[Path, Path]]]:
     "Pictures and classes of ADE20K for learning and for testing."
-    base, halves = place / "ADEChallengeData2016", ("training", "validation")
-    return [paired(base / "images" / h, base / "annotations" / h, ADE_REMEDY) for h in halves]
+    base, splits = location / "ADEChallengeData2016", ("training", "validation")
+    return [pair_files(base / "images" / h, base / "annotations" / h, ADE_REMEDY) for h in splits]
 
 # %% ../../nbs/training/segmentation-data.ipynb #220b2893
-def ade_classes(place: Path) -> tuple[str, ...]:
+def ade_classes(location: Path) -> tuple[str, ...]:
     "Names of the 150 classes, the first of their synonyms."
-    path = place / "ADEChallengeData2016" / "objectInfo150.txt"
+    path = location / "ADEChallengeData2016" / "objectInfo150.txt"
     lines = ann.text_of(path, ADE_REMEDY).splitlines()[1:]
     rows = [line.split("\t") for line in lines if line.strip()]
     if len(rows) != 150:
@@ -286,56 +286,56 @@ def ade_classes(place: Path) -> tuple[str, ...]:
 
 # %% ../../nbs/training/segmentation-data.ipynb #6d695c3e
 @dataclass(frozen=True)
-class SegmentationSet(ImageSet):
+class SegmentationDataset(ImageDataset):
     "Training and test pictures with classes; `ImageModule` makes loaders of it."
 
     ignore: int = IGNORE  # the class that losses and scores pass over
     notes: tuple[str, ...] = ()  # what readers clipped or left out
 
 # %% ../../nbs/training/segmentation-data.ipynb #2a795a09
-def from_files(name: str, root, few: Sequence, change: Callable) -> SegmentationSet:
+def from_files(name: str, root, limits: Sequence, augment: Callable) -> SegmentationDataset:
     "CamVid or ADE20K."
     f, camvid = facts(name), name == "camvid"
-    place = detection.below_root(name, root, f.remedy)
-    halves = camvid_files(place) if camvid else ade_files(place)
+    location = detection.below_root(name, root, f.remedy)
+    splits = camvid_files(location) if camvid else ade_files(location)
     table = CAMVID_TABLE if camvid else ADE_TABLE
-    classes = CAMVID_CLASSES if camvid else ade_classes(place)
-    train, test = (detection.evenly(half, n) for half, n in zip(halves, few, strict=True))
-    every = [path for half in halves for pair in half for path in pair]
-    return SegmentationSet(
-        name, FileMaps(train, table, f.remedy, change), FileMaps(test, table, f.remedy),
-        classes, f.mean, f.std, fingerprint_of_files(place, every),
+    classes = CAMVID_CLASSES if camvid else ade_classes(location)
+    train, test = (detection.evenly(split, n) for split, n in zip(splits, limits, strict=True))
+    every = [path for split in splits for pair in split for path in pair]
+    return SegmentationDataset(
+        name, FileMaps(train, table, f.remedy, augment), FileMaps(test, table, f.remedy),
+        classes, f.mean, f.std, fingerprint_of_files(location, every),
     )  # fmt: skip
 
 # %% ../../nbs/training/segmentation-data.ipynb #5d7ca5db
-def from_objects(name: str, root, few: Sequence, change: Callable) -> SegmentationSet:
+def from_objects(name: str, root, limits: Sequence, augment: Callable) -> SegmentationDataset:
     "A set in COCO's layout."
-    place, *halves = detection.read_halves(name, root)
-    fewer = [detection.fewer(half, n) for half, n in zip(halves, few, strict=True)]
-    train, test = (PictureDetections(half, learn=False, masks=True) for half in fewer)
-    f, classes = facts(name), ("background", *halves[0].classes)
-    return SegmentationSet(
-        name, ObjectMaps(train, change), ObjectMaps(test), classes, f.mean, f.std,
-        detection.fingerprint_of_halves(place, *halves),
-        notes=halves[0].notes + halves[1].notes,
+    location, *splits = detection.read_splits(name, root)
+    fewer = [detection.fewer(split, n) for split, n in zip(splits, limits, strict=True)]
+    train, test = (ImageDetections(split, learn=False, masks=True) for split in fewer)
+    f, classes = facts(name), ("background", *splits[0].classes)
+    return SegmentationDataset(
+        name, ObjectMaps(train, augment), ObjectMaps(test), classes, f.mean, f.std,
+        detection.fingerprint_of_splits(location, *splits),
+        notes=splits[0].notes + splits[1].notes,
     )  # fmt: skip
 
 # %% ../../nbs/training/segmentation-data.ipynb #91f41a3c
-def from_scenes(options: SceneOptions, few: Sequence, change: Callable) -> SegmentationSet:
+def from_scenes(options: SceneOptions, limits: Sequence, augment: Callable) -> SegmentationDataset:
     "Scenes."
     f = FACTS["scenes"]
     train, test = (
         SceneDetections(options, split, n or detection.SCENES[split], masks=True)
-        for split, n in zip(("train", "test"), few, strict=True)
+        for split, n in zip(("train", "test"), limits, strict=True)
     )
-    return SegmentationSet(
-        "scenes", ObjectMaps(train, change), ObjectMaps(test),
+    return SegmentationDataset(
+        "scenes", ObjectMaps(train, augment), ObjectMaps(test),
         ("background", *detection.fashion.CLASSES), f.mean, f.std,
         detection.fingerprint_of_scenes(options),
     )  # fmt: skip
 
 # %% ../../nbs/training/segmentation-data.ipynb #9c6a23b2
-def segmentation_set(
+def segmentation_dataset(
     name: str,  # scenes, coco-mini, coco2017, camvid, ade20k or coco:NAME
     root: Path | str | None = None,  # the data root; SCSA_BOOK_DATA by default
     train_images: int | None = None,  # only so many training pictures
@@ -344,13 +344,13 @@ def segmentation_set(
     scale: tuple[float, float] | None = None,  # range of random scales; None: likewise
     distort: bool = False,  # change colours at random
     scenes: Mapping | SceneOptions | None = None,  # what scenes are like
-) -> SegmentationSet:
+) -> SegmentationDataset:
     "A set for segmentation; DataError if missing or damaged, ValueError if asked wrongly."
     f, options = facts(name), detection.scene_options(name, scenes)
     own = (options.side, options.side) if name == "scenes" else f.crop
-    change = JointChange(crop or own, scale or f.scale, f.mean, distort)
-    few = (train_images, test_images)
+    augment = JointTransform(crop or own, scale or f.scale, f.mean, distort)
+    limits = (train_images, test_images)
     if name == "scenes":
-        return from_scenes(options, few, change)
+        return from_scenes(options, limits, augment)
     read = from_files if name in ("camvid", "ade20k") else from_objects
-    return read(name, root, few, change)
+    return read(name, root, limits, augment)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COCO', 'TOOLS', 'CIFAR_HOOKS', 'CLASSES', 'LAYOUTS', 'NARROW', 'WIDE', 'BOTH', 'PLAIN', 'FORMS', 'ABLATION',
-           'NO_BIAS', 'place', 'row_of', 'Tool', 'features', 'scores', 'dense_in_layers', 'unseen_activation',
-           'network_name', 'stock', 'Form', 'by_layer', 'sa_with_norm', 'NoRecipe', 'form_of', 'tool_of', 'place_form',
-           'network_of', 'spelled', 'counted', 'count', 'unit', 'is_fitted']
+           'NO_BIAS', 'cell_key', 'row_of', 'Tool', 'features', 'segmentation_logits', 'dense_in_layers',
+           'unseen_activation', 'network_name', 'stock', 'Form', 'by_layer', 'sa_with_norm', 'NoRecipe', 'form_of',
+           'tool_of', 'insert_form', 'network_of', 'with_implementations', 'counted', 'count', 'unit', 'is_fitted']
 
 # %% ../../nbs/evidence/recount.ipynb #867ac24d
 from collections.abc import Callable, Iterable, Mapping
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
-from . import spelling
+from . import implementations
 from .conventions import HOOKS, HOOKS_1D, HOOKS_OLD, THOP, TRACE
 from .cost import Convention, Cost, cost, parameters
 from .published import Cell
-from .spelling import AVERAGE, MAXIMUM, Spelled, Spelling
+from .implementations import AVERAGE, MAXIMUM, CountedImplementation, Implementation
 from ..networks.build import build
 from ..networks.detection import build_detector, dense
 from ..networks.fpn import freeze
@@ -31,7 +31,7 @@ from ..networks.placement import attend, attentions
 from ..networks.segmentation import build_segmenter
 
 # %% ../../nbs/evidence/recount.ipynb #4c42fa33
-def place(cell: Cell) -> str:
+def cell_key(cell: Cell) -> str:
     "The cell's place in the tables, as one word: scsa/IV/imagenet1k/resnet50/se/params_M."
     parts = (cell.source, cell.table, cell.dataset, cell.framework, cell.backbone)
     return "/".join(p for p in (*parts, cell.method, cell.variant, cell.metric) if p)
@@ -61,16 +61,16 @@ def features(network: nn.Module, x: Tensor) -> Tensor:
     return AVERAGE(1)(network.features(x))
 
 # %% ../../nbs/evidence/recount.ipynb #9de6d5a6
-def scores(network: nn.Module, x: Tensor) -> Tensor:
+def segmentation_logits(network: nn.Module, x: Tensor) -> Tensor:
     "A segmentation network up to its scores."
-    return network.scores(x)
+    return network.logits(x)
 
 # %% ../../nbs/evidence/recount.ipynb #8a22e444
 COCO = {(800, 1088): 36, (800, 1216): 37, (800, 1120): 18, (704, 1344): 9}
 
 # %% ../../nbs/evidence/recount.ipynb #d5ccea5a
 TOOLS = {
-    ("scsa", "I"): Tool(TRACE, {(1024, 2048): 1}, scores),
+    ("scsa", "I"): Tool(TRACE, {(1024, 2048): 1}, segmentation_logits),
     ("scsa", "IV"): Tool(TRACE, forward=features),
     ("scsa", "V"): Tool(TRACE, COCO, dense, fitted="the sizes of the images"),
 }
@@ -138,7 +138,7 @@ class Form:
     attention: str | None = None  # name in the registry; None: the network as it is
     options: Mapping[str, object] = field(default_factory=dict)
     position: str | None = None  # see `attend`
-    spelling: Spelling | None = None  # gets `options` too
+    implementation: Implementation | None = None  # gets `options` too
     # patterns of blocks -> options that only they have
     blocks: Mapping[tuple[str, ...], Mapping[str, object]] = field(default_factory=lambda: {("*",): {}})
     # metrics for which it holds a quantity that neither a text nor released code shows
@@ -152,46 +152,46 @@ PLAIN = {"bias": False, "batch_norm": False, "min_hidden": 8}
 # %% ../../nbs/evidence/recount.ipynb #8c5b8717
 FORMS = {
     "*/baseline": Form(),
-    "scsa/*/mobilenetv2/cbam": Form("cbam", PLAIN, NARROW, spelling.cbam),
+    "scsa/*/mobilenetv2/cbam": Form("cbam", PLAIN, NARROW, implementations.cbam),
     "scsa/*/mobilenetv2/eca": Form(
         "eca",
         position=NARROW,
-        spelling=spelling.eca,
+        implementation=implementations.eca,
         blocks={
             ("features.1",): {"kernel": 1},
             ("features.[2-9]", "features.1?"): {"kernel": 3},
         },
     ),
-    "scsa/*/se": Form("se", {"bias": False, "batch_norm": True}, WIDE, spelling.se),
-    "scsa/*/cbam": Form("cbam", PLAIN, WIDE, spelling.cbam),
-    "scsa/*/eca": Form("eca", {"kernel": 3}, WIDE, spelling.eca),
-    "scsa/*/fca": Form("fca", {}, WIDE, spelling.fca),
-    "scsa/*/sa": Form("sa", {}, WIDE, spelling.sa),
+    "scsa/*/se": Form("se", {"bias": False, "batch_norm": True}, WIDE, implementations.se),
+    "scsa/*/cbam": Form("cbam", PLAIN, WIDE, implementations.cbam),
+    "scsa/*/eca": Form("eca", {"kernel": 3}, WIDE, implementations.eca),
+    "scsa/*/fca": Form("fca", {}, WIDE, implementations.fca),
+    "scsa/*/sa": Form("sa", {}, WIDE, implementations.sa),
 }
 
 # %% ../../nbs/evidence/recount.ipynb #e2e86344
 FORMS |= {
-    "scsa/*/scsa": Form("scsa", {}, NARROW, spelling.scsa),
-    "scsa/*/ca": Form("ca", {"bias": False}, NARROW, spelling.ca),
-    "scsa/*/ema": Form("ema", {}, NARROW, spelling.ema),
-    "scsa/*/ela": Form("ela", {}, NARROW, spelling.ela),
-    "scsa/*/cpca": Form("cpca", {"reduction": 16}, NARROW, spelling.cpca),
+    "scsa/*/scsa": Form("scsa", {}, NARROW, implementations.scsa),
+    "scsa/*/ca": Form("ca", {"bias": False}, NARROW, implementations.ca),
+    "scsa/*/ema": Form("ema", {}, NARROW, implementations.ema),
+    "scsa/*/ela": Form("ela", {}, NARROW, implementations.ela),
+    "scsa/*/cpca": Form("cpca", {"reduction": 16}, NARROW, implementations.cpca),
 }
 
 # %% ../../nbs/evidence/recount.ipynb #62259df1
-def by_layer(written: Callable) -> Spelling:
+def by_layer(written: Callable) -> Implementation:
     "A spelling in which the mean over the map is a layer."
     return partial(written, pools=(AVERAGE,))
 
 # %% ../../nbs/evidence/recount.ipynb #8b4d363c
 FORMS |= {
-    "sanet/2/*/se": Form("se", {}, WIDE, by_layer(spelling.se)),
-    "sanet/2/*/cbam": Form("cbam", {}, WIDE, partial(spelling.cbam, pools=BOTH)),
-    "sanet/2/*/sge": Form("sge", {}, WIDE, by_layer(spelling.sge)),
-    "sanet/2/*/eca": Form("eca", {"kernel": 3}, WIDE, by_layer(spelling.eca)),
-    "sanet/2/*/sa": Form("sa", {}, WIDE, by_layer(spelling.sa)),
-    "sanet/3/*/retinanet/*/se": Form("se", {}, WIDE, by_layer(spelling.se)),
-    "sanet/3/*/se": Form("se", {"bias": False}, WIDE, by_layer(spelling.se)),
+    "sanet/2/*/se": Form("se", {}, WIDE, by_layer(implementations.se)),
+    "sanet/2/*/cbam": Form("cbam", {}, WIDE, partial(implementations.cbam, pools=BOTH)),
+    "sanet/2/*/sge": Form("sge", {}, WIDE, by_layer(implementations.sge)),
+    "sanet/2/*/eca": Form("eca", {"kernel": 3}, WIDE, by_layer(implementations.eca)),
+    "sanet/2/*/sa": Form("sa", {}, WIDE, by_layer(implementations.sa)),
+    "sanet/3/*/retinanet/*/se": Form("se", {}, WIDE, by_layer(implementations.se)),
+    "sanet/3/*/se": Form("se", {"bias": False}, WIDE, by_layer(implementations.se)),
 }
 
 # %% ../../nbs/evidence/recount.ipynb #5477d312
@@ -203,14 +203,14 @@ ABLATION = {
     "conv1x1-for-fc": {"transform": "conv"},
 }
 FORMS |= {
-    f"sanet/1/*/sa/{variant}": Form("sa", options, WIDE, by_layer(spelling.sa))
+    f"sanet/1/*/sa/{variant}": Form("sa", options, WIDE, by_layer(implementations.sa))
     for variant, options in ABLATION.items()
 }
 
 # %% ../../nbs/evidence/recount.ipynb #a3c2c7c0
 def sa_with_norm(c, h, w) -> Iterable:
     "SA as SA-Net's detectors were charged for it."
-    yield from spelling.sa(c, h, w, pools=(AVERAGE,))
+    yield from implementations.sa(c, h, w, pools=(AVERAGE,))
     yield nn.BatchNorm2d(c), (1, c, h, w)
 
 # %% ../../nbs/evidence/recount.ipynb #c2720048
@@ -220,13 +220,13 @@ FORMS |= {"sanet/3/*/sa": Form("sa", {}, WIDE, sa_with_norm, fitted=("flops_G",)
 NO_BIAS = {"bias": False, "batch_norm": False}
 FORMS |= {
     "cat/3/*/cat": Form(
-        "cat", {"summaries": "stack"}, WIDE, spelling.cat, fitted=("params_M", "macs_G")
+        "cat", {"summaries": "stack"}, WIDE, implementations.cat, fitted=("params_M", "macs_G")
     ),
-    "cat/*/cat": Form("cat", {}, WIDE, spelling.cat),
-    "cat/*/se": Form("se", {"bias": False}, WIDE, by_layer(spelling.se)),
-    "cat/*/eca": Form("eca", {"kernel": 3}, WIDE, by_layer(spelling.eca)),
-    "cat/3/*/cbam": Form("cbam", NO_BIAS, WIDE, partial(spelling.cbam, pools=BOTH)),
-    "cat/4/*/cbam": Form("cbam", NO_BIAS, WIDE, partial(spelling.cbam, pools=BOTH, conv=True)),
+    "cat/*/cat": Form("cat", {}, WIDE, implementations.cat),
+    "cat/*/se": Form("se", {"bias": False}, WIDE, by_layer(implementations.se)),
+    "cat/*/eca": Form("eca", {"kernel": 3}, WIDE, by_layer(implementations.eca)),
+    "cat/3/*/cbam": Form("cbam", NO_BIAS, WIDE, partial(implementations.cbam, pools=BOTH)),
+    "cat/4/*/cbam": Form("cbam", NO_BIAS, WIDE, partial(implementations.cbam, pools=BOTH, conv=True)),
 }
 
 # %% ../../nbs/evidence/recount.ipynb #661b3bc8
@@ -236,7 +236,7 @@ class NoRecipe(LookupError):
 # %% ../../nbs/evidence/recount.ipynb #27193286
 def form_of(cell: Cell) -> Form:
     "The form of attention in a cell's row; raises `NoRecipe`."
-    row = place(row_of(cell))
+    row = cell_key(row_of(cell))
     for pattern, form in FORMS.items():
         if fnmatchcase(row, pattern):
             return form
@@ -251,14 +251,14 @@ def tool_of(cell: Cell) -> Tool:
         raise NoRecipe(f"Table {cell.table} of {cell.source} has no costs.") from None
 
 # %% ../../nbs/evidence/recount.ipynb #edb96c9c
-def place_form(network: nn.Module, form: Form) -> None:
+def insert_form(network: nn.Module, form: Form) -> None:
     "Put the mechanism of a form into a network."
     for blocks, own in form.blocks.items():
         options = {**form.options, **own}
         attend(network, form.attention, position=form.position, blocks=blocks, **options)
         for module in attentions(network).values():
-            if not hasattr(module, "spelling"):
-                module.spelling = partial(form.spelling, **options)
+            if not hasattr(module, "implementation"):
+                module.implementation = partial(form.implementation, **options)
 
 # %% ../../nbs/evidence/recount.ipynb #0efd4089
 def network_of(cell: Cell) -> nn.Module:
@@ -267,16 +267,16 @@ def network_of(cell: Cell) -> nn.Module:
     with torch.device("meta"):
         network = stock(cell)
         if form.attention:
-            place_form(network, form)
+            insert_form(network, form)
     if tool.trainable:  # the stem and the first stage, with the attention in it
         freeze(network.backbone, 1)
     return network
 
 # %% ../../nbs/evidence/recount.ipynb #b445a458
-def spelled(network: nn.Module) -> nn.Module:
+def with_implementations(network: nn.Module) -> nn.Module:
     "The same network, changed: spellings in the places of the mechanisms."
     for name, module in attentions(network).items():
-        network.set_submodule(name, Spelled(module.spelling))
+        network.set_submodule(name, CountedImplementation(module.implementation))
     return network
 
 # %% ../../nbs/evidence/recount.ipynb #a38b6832
@@ -285,7 +285,7 @@ def counted(row: Cell) -> Cost:
     "What the network of a row costs; its MACs are the mean over the images, rounded."
     tool, network = tool_of(row), network_of(row)
     own = parameters(network), parameters(network, trainable=True)
-    spelled(network)
+    with_implementations(network)
     total = sum(
         n * cost(network, (3, *size), tool.convention, tool.forward).macs
         for size, n in tool.sizes.items()

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['READS', 'Run', 'LEAST', 'MOST', 'SHORT', 'SETTINGS', 'Peer', 'SHAPE', 'SHAPES', 'LAYOUTS', 'WORK', 'reads', 'Spread',
-           'spread', 'settle', 'seconds', 'calls_of', 'take_turns', 'ratios', 'keep_memory', 'twin', 'forward', 'graph',
-           'training', 'changes', 'memory', 'Side', 'Row', 'bytes_of', 'time_both', 'source', 'compared', 'measure',
-           'peers_of_the_book', 'Setting', 'ModulesResult', 'setting_of', 'example', 'prepared', 'placed',
-           'bench_module', 'bench_modules', 'measured_on', 'whole', 'result_path', 'readable', 'module_results',
-           'in_words', 'command', 'NetworkSetting', 'NetworkRow', 'layers_of', 'is_mechanism', 'Peered', 'bytes_moved',
-           'runs_of_the_machine', 'Machinery', 'machinery', 'NetworksResult', 'with_peers', 'network_forms', 'in_use',
-           'bench_networks', 'network_row', 'network_result', 'network_path', 'network_results', 'network_words',
-           'networks_command']
+           'spread', 'synchronise', 'seconds', 'calls_of', 'take_turns', 'ratios', 'keep_memory', 'copy_of', 'forward',
+           'graph', 'training', 'changes', 'memory', 'Side', 'Row', 'bytes_of', 'time_both', 'source', 'compared',
+           'measure', 'peers_of_the_book', 'Setting', 'ModulesResult', 'setting_of', 'example', 'prepared',
+           'like_input', 'bench_module', 'bench_modules', 'measured_on', 'modules_result', 'result_path', 'readable',
+           'module_results', 'in_words', 'command', 'NetworkSetting', 'NetworkRow', 'layers_of', 'is_mechanism',
+           'PeerModule', 'bytes_moved', 'runs_of_the_machine', 'MachinePeak', 'machine_peak', 'NetworksResult',
+           'with_peers', 'network_forms', 'in_use', 'bench_networks', 'network_row', 'network_result', 'network_path',
+           'network_results', 'network_words', 'networks_command']
 
 # %% ../../nbs/evidence/speed.ipynb #d1183348
 # Passes over the map that must read it, where they are not two: one to decide, one to scale.
@@ -49,9 +49,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..attention import registry
-from ..places import KEEP_MEMORY, book_root, results_folder
+from ..paths import KEEP_MEMORY, book_root, results_folder
 from ..training.result import Code, Machine
-from ..training.result import code_state, device_name, versions, write_whole
+from ..training.result import code_state, device_name, versions, write_atomic
 
 # %% ../../nbs/evidence/speed.ipynb #7fc991cd
 class Spread(BaseModel):
@@ -71,7 +71,7 @@ def spread(values: Sequence[float]) -> Spread:
 Run = Callable[[], object]
 
 
-def settle(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
     "Wait until `device` has done what it was told."
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -79,11 +79,11 @@ def settle(device: torch.device) -> None:
 
 def seconds(run: Run, device: torch.device, calls: int = 1) -> float:
     "Seconds of one of `calls` calls."
-    settle(device)
+    synchronise(device)
     start = time.perf_counter()
     for _ in range(calls):
         run()
-    settle(device)
+    synchronise(device)
     return (time.perf_counter() - start) / calls
 
 # %% ../../nbs/evidence/speed.ipynb #83ceac4f
@@ -131,7 +131,7 @@ def keep_memory() -> None:
         os.execve(sys.executable, command, os.environ | SETTINGS)
 
 # %% ../../nbs/evidence/speed.ipynb #0ea5ef35
-def twin(module: nn.Module) -> nn.Module:
+def copy_of(module: nn.Module) -> nn.Module:
     "A copy, compiled if the module is: PyTorch's copies forget that."
     copied = copy.deepcopy(module)
     if module._compiled_call_impl is not None:
@@ -141,19 +141,19 @@ def twin(module: nn.Module) -> nn.Module:
 
 def forward(module: nn.Module, x: Tensor) -> Run:
     "The forward pass, as in use."
-    module = twin(module).eval()
+    module = copy_of(module).eval()
     return torch.no_grad()(lambda: module(x))
 
 
 def graph(module: nn.Module, x: Tensor) -> Run:
     "The forward pass that keeps what its backward pass will need."
-    module, leaf = twin(module).train(), x.detach().requires_grad_()
+    module, leaf = copy_of(module).train(), x.detach().requires_grad_()
     return lambda: module(leaf)
 
 
 def training(module: nn.Module, x: Tensor) -> Run:
     "Forward, and backward to the input and all parameters."
-    module, leaf = twin(module).train(), x.detach().requires_grad_()
+    module, leaf = copy_of(module).train(), x.detach().requires_grad_()
     wanted, weight = [leaf, *module.parameters()], torch.ones_like(x)
     return lambda: torch.autograd.grad(module(leaf), wanted, weight)
 
@@ -166,18 +166,18 @@ def changes(run: Run) -> tuple[list[int], object]:
         path = Path(folder) / "trace.json"
         seen.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    noted = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    return [e["args"]["Bytes"] for e in noted], result
+    memory_events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    return [e["args"]["Bytes"] for e in memory_events], result
 
 # %% ../../nbs/evidence/speed.ipynb #bcf0860b
 def memory(run: Run, device: torch.device) -> tuple[int, int]:
     "Bytes at the peak of a run, and bytes left after it while its result is held."
     if device.type == "cuda":
-        settle(device)
+        synchronise(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         result = run()
-        settle(device)
+        synchronise(device)
         peak = torch.cuda.max_memory_allocated(device)
         return peak - before, torch.cuda.memory_allocated(device) - before
     taken, result = changes(run)
@@ -192,7 +192,7 @@ class Side(BaseModel):
     training: Spread  # forward and backward
     forward_peak: int
     training_peak: int
-    kept: int  # between forward and backward, beside input and output
+    saved_for_backward: int  # between forward and backward, beside input and output
 
 
 class Row(BaseModel):
@@ -221,7 +221,7 @@ def bytes_of(module: nn.Module, x: Tensor) -> dict[str, int]:
     return {
         "forward_peak": memory(forward(module, x), x.device)[0],
         "training_peak": memory(training(module, x), x.device)[0],
-        "kept": left - x.nbytes,
+        "saved_for_backward": left - x.nbytes,
     }
 
 
@@ -301,7 +301,7 @@ class Setting(BaseModel):
     compiled: bool = False
 
     @property
-    def words(self) -> list[str]:
+    def name_parts(self) -> list[str]:
         "The setting as parts of a file's name."
         return [self.device, self.dtype, self.layout] + ["compiled"] * self.compiled
 
@@ -335,14 +335,14 @@ def example(shape: Sequence[int], setting: Setting) -> Tensor:
 
 
 def prepared(module: nn.Module, x: Tensor, setting: Setting) -> nn.Module:
-    "`placed`, and compiled if that is the setting; the compiling itself waits for a call."
-    module = placed(module, x)
+    "`like_input`, and compiled if that is the setting; the compiling itself waits for a call."
+    module = like_input(module, x)
     if setting.compiled:
         module.compile()
     return module
 
 
-def placed(module: nn.Module, x: Tensor) -> nn.Module:
+def like_input(module: nn.Module, x: Tensor) -> nn.Module:
     "A module where the map is, with weights of its type and layout."
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
@@ -387,7 +387,7 @@ def bench_modules(
         rows.append(bench_module(name, setting, peers.get(name), shape, budget))
         show(rows[-1])
     duration = time.perf_counter() - start
-    return whole(setting, control, rows, duration)
+    return modules_result(setting, control, rows, duration)
 
 # %% ../../nbs/evidence/speed.ipynb #a70f2df5
 def measured_on(device: torch.device) -> dict:
@@ -405,7 +405,7 @@ def measured_on(device: torch.device) -> dict:
     return {"machine": machine, "code": code, "measured": datetime.now(timezone.utc)}
 
 
-def whole(setting: Setting, control: Row, rows: list[Row], duration: float) -> ModulesResult:
+def modules_result(setting: Setting, control: Row, rows: list[Row], duration: float) -> ModulesResult:
     "The result, with machine, code and time."
     parts = {"control": control, "rows": rows, **measured_on(torch.device(setting.device))}
     return ModulesResult(setting=setting, **parts, seconds=duration)
@@ -414,7 +414,7 @@ def whole(setting: Setting, control: Row, rows: list[Row], duration: float) -> M
 def result_path(result: ModulesResult, folder: Path | None = None) -> Path:
     "Where a result belongs."
     folder = folder or results_folder("speed")
-    return folder / f"modules-{'-'.join(result.setting.words)}.json"
+    return folder / f"modules-{'-'.join(result.setting.name_parts)}.json"
 
 
 def readable(kind: type[BaseModel], pattern: str, folder: Path | None = None) -> list:
@@ -457,7 +457,7 @@ def command(
         print(f"{result.seconds:.0f} s; only a measurement of all mechanisms is kept")
         return
     path = result_path(result)
-    write_whole(path, result.model_dump_json(indent=1) + "\n")
+    write_atomic(path, result.model_dump_json(indent=1) + "\n")
     print(f"{result.seconds:.0f} s, written to {path}")
 
 # %% ../../nbs/evidence/speed.ipynb #12036b89
@@ -475,8 +475,8 @@ class NetworkSetting(Setting):
     size: int = 224  # height and width of an image
 
     @property
-    def words(self) -> list[str]:
-        return [self.network, *super().words]
+    def name_parts(self) -> list[str]:
+        return [self.network, *super().name_parts]
 
 
 class NetworkRow(BaseModel):
@@ -505,10 +505,10 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
 
 def is_mechanism(module: nn.Module) -> bool:
     "Whether this is attention, ours or in a peer's form."
-    return isinstance(module, (Attention, Peered))
+    return isinstance(module, (Attention, PeerModule))
 
 # %% ../../nbs/evidence/speed.ipynb #c76e4966
-class Peered(nn.Module):
+class PeerModule(nn.Module):
     "A peer where our module stood."
 
     def __init__(self, name: str, peer: nn.Module):
@@ -545,23 +545,23 @@ def runs_of_the_machine(setting: Setting) -> dict[str, Run]:
     source = torch.ones(2**26 // torch.empty((), **kw).element_size(), **kw)
     target, matrix = torch.empty_like(source), torch.ones(1536, 1536, **kw)
     x = example((8, 256, 28, 28), setting)
-    conv = placed(nn.Conv2d(256, 256, 3, padding=1, bias=False), x)
+    conv = like_input(nn.Conv2d(256, 256, 3, padding=1, bias=False), x)
     products = {"product": lambda: matrix @ matrix, "convolution": forward(conv, x)}
     return {"copy": lambda: target.copy_(source), **products}
 
 
-class Machinery(BaseModel):
+class MachinePeak(BaseModel):
     "What a machine does when nothing is in its way."
 
     bandwidth: Spread  # bytes a second, read and written
     arithmetic: Spread  # multiply-accumulates a second
 
 
-def machinery(taken: Mapping[str, list[float]]) -> Machinery:
+def machine_peak(taken: Mapping[str, list[float]]) -> MachinePeak:
     "From the seconds of `runs_of_the_machine`."
     rates = spread([2 * 2**26 / t for t in taken["copy"]])
     each = [spread([macs / t for t in taken[run]]) for run, macs in WORK.items()]
-    return Machinery(bandwidth=rates, arithmetic=max(each, key=lambda found: found.median))
+    return MachinePeak(bandwidth=rates, arithmetic=max(each, key=lambda found: found.median))
 
 # %% ../../nbs/evidence/speed.ipynb #46d157dd
 class NetworksResult(BaseModel):
@@ -569,7 +569,7 @@ class NetworksResult(BaseModel):
 
     setting: NetworkSetting
     noise: Spread  # the plain network against its own copy
-    machinery: Machinery
+    machine_peak: MachinePeak
     rows: list[NetworkRow]
     machine: Machine
     code: Code
@@ -578,8 +578,8 @@ class NetworksResult(BaseModel):
 
     def bound(self, row: NetworkRow) -> float:
         "Seconds that the row takes at least, by traffic or by arithmetic."
-        moving = row.bytes_moved / self.machinery.bandwidth.high
-        return max(moving, row.macs / self.machinery.arithmetic.high)
+        moving = row.bytes_moved / self.machine_peak.bandwidth.high
+        return max(moving, row.macs / self.machine_peak.arithmetic.high)
 
 # %% ../../nbs/evidence/speed.ipynb #802b5d1d
 def with_peers(network: nn.Module, name: str, make: Peer) -> nn.Module:
@@ -588,7 +588,7 @@ def with_peers(network: nn.Module, name: str, make: Peer) -> nn.Module:
     for parent in list(network.modules()):
         for child, module in list(parent.named_children()):
             if isinstance(module, Attention) and not isinstance(parent, Attention):
-                setattr(parent, child, Peered(name, make(module)))
+                setattr(parent, child, PeerModule(name, make(module)))
     return network
 
 
@@ -605,14 +605,14 @@ def network_forms(
         forms[name, "ours"] = ours = attend(make(), name)
         if name in peers:
             other = with_peers(ours, name, peers[name])
-            where = next(m for m in other.modules() if isinstance(m, Peered))
+            where = next(m for m in other.modules() if isinstance(m, PeerModule))
             forms[name, source(where.peer)] = other
     return forms
 
 # %% ../../nbs/evidence/speed.ipynb #2e554cd1
 def in_use(network: nn.Module, setting: NetworkSetting, x: Tensor) -> Run:
     "The forward pass, as in use."
-    network = placed(network, x).eval()
+    network = like_input(network, x).eval()
     if setting.compiled:
         network = torch.compile(network)
     return torch.no_grad()(lambda: network(x))
@@ -651,14 +651,14 @@ def network_row(form: tuple, forms: Mapping, run: Run, taken: Mapping, x: Tensor
 def network_result(setting, rows: list[NetworkRow], taken: Mapping, seconds: float) -> NetworksResult:
     "The result, with machine, code and time."
     circumstances = measured_on(torch.device(setting.device))
-    found = {"noise": ratios(taken["again"], taken[None, "ours"]), "machinery": machinery(taken)}
+    found = {"noise": ratios(taken["again"], taken[None, "ours"]), "machine_peak": machine_peak(taken)}
     return NetworksResult(setting=setting, rows=rows, seconds=seconds, **found, **circumstances)
 
 # %% ../../nbs/evidence/speed.ipynb #8326df5b
 def network_path(setting: NetworkSetting, folder: Path | None = None) -> Path:
     "Where a result belongs."
     folder = folder or results_folder("speed")
-    return folder / f"networks-{'-'.join(setting.words)}.json"
+    return folder / f"networks-{'-'.join(setting.name_parts)}.json"
 
 
 def network_results(folder: Path | None = None) -> list[NetworksResult]:
@@ -685,5 +685,5 @@ def networks_command(names: Sequence[str] = ("scsa",), budget: float = 60.0, **h
     noise = result.noise
     print(f"noise: {noise.median:.2f} ({noise.low:.2f} to {noise.high:.2f})")
     path = network_path(setting)
-    write_whole(path, result.model_dump_json(indent=1) + "\n")
+    write_atomic(path, result.model_dump_json(indent=1) + "\n")
     print(f"{result.seconds:.0f} s, written to {path}")

@@ -34,9 +34,9 @@ def link(text: object, address: str) -> Html:
     return Html(f'<a href="{escape(address)}">{html(text)}</a>')
 
 # %% ../../nbs/evidence/tables.ipynb #27dc123c
-def verdict(word: str, dress: str) -> Html:
-    "A word that the site shows as a verdict; `dress` is matches, close, differs or unmeasured."
-    return Html(f'<span class="verdict {escape(dress)}">{escape(word)}</span>')
+def verdict(word: str, style: str) -> Html:
+    "A word that the site shows as a verdict; `style` is matches, close, differs or unmeasured."
+    return Html(f'<span class="verdict {escape(style)}">{escape(word)}</span>')
 
 # %% ../../nbs/evidence/tables.ipynb #143dc372
 def entry(tag: str, value: object, **attributes: str) -> str:

@@ -21,7 +21,7 @@ from ..attention import registry
 class Fact:
     "What the registry does not know of a mechanism."
 
-    place: str  # where its authors put it
+    placement: str  # where its authors put it
     parameters: str  # formula in C, H, W and the letters of `where`, at default options
     macs: str  # formula of the multiply-accumulates
     where: Mapping[str, str] = field(default_factory=dict)  # letter -> its formula

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attention import registry
-from ..places import book_root
+from ..paths import book_root
 
 # %% ../../nbs/reference/parity.ipynb #147a1b72
 class Recording(NamedTuple):

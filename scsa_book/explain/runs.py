@@ -42,16 +42,16 @@ def draw_boxes(axis, boxes: Tensor, colour: str, words: Sequence[str] = ()) -> N
 
 # %% ../../nbs/reference/run-figures.ipynb #1b9caf33
 def show_detections(
-    pictures: Sequence[Tensor],  # (3, H, W) in [0, 1]
+    images: Sequence[Tensor],  # (3, H, W) in [0, 1]
     targets: Sequence[Mapping[str, Tensor]],
     found: Sequence[Mapping[str, Tensor]],
     classes: Sequence[str],  # label 1 is the first
     least: float = 0.5,  # score from which a detection is drawn
 ) -> None:
     "Pictures with the objects that are there (green) and those that were found (red)."
-    _, axes = plt.subplots(1, len(pictures), figsize=(7.2, 7.6 / len(pictures)), squeeze=False)
-    for axis, picture, target, guess in zip(axes[0], pictures, targets, found, strict=True):
-        axis.imshow(picture.permute(1, 2, 0))
+    _, axes = plt.subplots(1, len(images), figsize=(7.2, 7.6 / len(images)), squeeze=False)
+    for axis, image, target, guess in zip(axes[0], images, targets, found, strict=True):
+        axis.imshow(image.permute(1, 2, 0))
         axis.axis("off")
         sure = guess["scores"] >= least
         names = [classes[label - 1] for label in guess["labels"][sure].tolist()]
@@ -70,21 +70,21 @@ def gate_of(maps: Mapping[str, Tensor]) -> Tensor:
 def draw_gate(where, which, name: str, gate: Tensor) -> None:
     drawn = where.imshow(gate.mean(0), MAP)
     plt.colorbar(drawn, ax=where, shrink=0.75)
-    place = name.rpartition(".attention")[0].split(".")[-3:]  # what it is in is the same for all
-    where.set(title=".".join(place), xticks=[], yticks=[])
+    position = name.rpartition(".attention")[0].split(".")[-3:]  # what it is in is the same for all
+    where.set(title=".".join(position), xticks=[], yticks=[])
     which.bar(range(len(gate)), gate.mean((1, 2)), width=1)
     which.set(xlabel="channel")
 
 # %% ../../nbs/reference/run-figures.ipynb #cab398ce
 def show_gates(
     modules: Mapping[str, Mapping[str, Tensor]],  # of `maps_of`
-    picture: Tensor,  # (C, H, W) that went in
+    image: Tensor,  # (C, H, W) that went in
 ) -> None:
     "Three of the attention modules of a network, first to last, beside the picture."
     chosen = list(modules.items())[:: max(len(modules) // 3, 1)][:3]
     ratios = {"height_ratios": (3, 2)}
     _, axes = plt.subplots(2, len(chosen) + 1, figsize=(7.2, 3.4), gridspec_kw=ratios)
-    axes[0, 0].imshow(picture.permute(1, 2, 0), cmap="gray_r")
+    axes[0, 0].imshow(image.permute(1, 2, 0), cmap="gray_r")
     for axis in axes[:, 0]:
         axis.axis("off")
     for column, (name, maps) in zip(axes.T[1:], chosen, strict=True):

@@ -31,12 +31,12 @@ def cascade_stages(
     "Three heads like `one`, each for its own IoU, with boxes that all classes share."
     pool, sampler = one.box_roi_pool, one.fg_bg_sampler
     features = channels * pool.output_size[0] * pool.output_size[1]
-    training = (sampler.batch_size_per_image, sampler.positive_fraction)
-    testing = (one.score_thresh, one.nms_thresh, one.detections_per_img)
+    for_training = (sampler.batch_size_per_image, sampler.positive_fraction)
+    for_inference = (one.score_thresh, one.nms_thresh, one.detections_per_img)
     stages = []
     for iou, weights in zip(IOUS, WEIGHTS, strict=True):
         layers = TwoMLPHead(features, hidden), BoxPredictor(hidden, num_classes, "shared")
-        stages.append(RoIHeads(pool, *layers, iou, iou, *training, weights, *testing))
+        stages.append(RoIHeads(pool, *layers, iou, iou, *for_training, weights, *for_inference))
     return stages
 
 # %% ../../nbs/networks/cascade.ipynb #ddf030b5
@@ -78,9 +78,9 @@ def cascade_losses(cascade: "Cascade", features, boxes, shapes, targets) -> dict
     "Two losses a stage, weighted."
     found = {}
     for i, (stage, weight) in enumerate(zip(cascade.stages, cascade.loss_weights, strict=True), 1):
-        (classes, places), boxes = _train_stage(stage, features, boxes, shapes, targets)
+        (classes, offsets), boxes = _train_stage(stage, features, boxes, shapes, targets)
         found[f"loss_classifier_{i}"] = weight * classes
-        found[f"loss_box_reg_{i}"] = weight * places
+        found[f"loss_box_reg_{i}"] = weight * offsets
     return found
 
 # %% ../../nbs/networks/cascade.ipynb #1258d478

@@ -9,11 +9,11 @@ __all__ = ['DANetHead']
 from torch import Tensor
 
 from ..attention import danet
-from ..attention.danet import Scores
+from ..attention.danet import DANetLogits
 
 # %% ../../nbs/networks/danet-head.ipynb #9ef4aa8d
 class DANetHead(danet.DANetHead):
-    """The head of DANet on the last map of a backbone: `[maps] -> {name: scores}`.
+    """The head of DANet on the last map of a backbone: `[maps] -> {name: logits}`.
 
     While training the scores of the sum are `out`, those of the branches `position`
     and `channel`; otherwise there is `out` alone. Source: Fu et al., CVPR 2019.
@@ -21,9 +21,9 @@ class DANetHead(danet.DANetHead):
 
     def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
         if self.training:
-            scores: Scores = super().forward(maps[-1])
-            names = {"out": scores.both, "position": scores.position}
-            return names | {"channel": scores.channel}
+            logits: DANetLogits = super().forward(maps[-1])
+            names = {"out": logits.both, "position": logits.position}
+            return names | {"channel": logits.channel}
         return {"out": self.both(self.position(maps[-1]) + self.channel(maps[-1]))}
 
     def attention_maps(self, maps: list[Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from .cascade import Cascade, cascade_stages
 from .fpn import WIDTH, Pyramid, freeze, stages_of
 from .placement import attend, check_placing
 from scsa_book.networks.regions import (
-    LAYOUTS, BoxPredictor, Layout, MaskPredictor, anchors, keep_gain, region_pool,
+    LAYOUTS, BoxPredictor, Layout, MaskPredictor, anchors, rescale_init, region_pool,
 )  # fmt: skip
 
 # %% ../../nbs/networks/detection.ipynb #44ff18b8
@@ -275,7 +275,7 @@ def _finish(detector: nn.Module, classes: int) -> nn.Module:
     "What torchvision's classes have no argument for."
     detector.classes = classes
     predictors = _predictors(detector)
-    keep_gain(predictors[0], detector.backbone.out_channels)
+    rescale_init(predictors[0], detector.backbone.out_channels)
     for predictor in predictors:
         predictor.register_forward_hook(_in_full)
     return detector

@@ -54,7 +54,7 @@ class Pyramid(nn.Module):
         self.out_channels = channels  # torchvision's detectors read it
         self.strides = (*strides, *(strides[-1] * 2**i for i in range(1, more + 1)))
         self.levels = len(widths)  # that stand on a stage
-        self.still: tuple[str, ...] = ()  # modules that stay in evaluation mode
+        self.frozen_modules: tuple[str, ...] = ()  # modules that stay in evaluation mode
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         maps = self.body(x)[-self.levels :]
@@ -62,7 +62,7 @@ class Pyramid(nn.Module):
 
     def train(self, mode: bool = True) -> "Pyramid":
         super().train(mode)
-        for name in self.still:
+        for name in self.frozen_modules:
             self.get_submodule(name).eval()
         return self
 
@@ -80,8 +80,8 @@ def freeze(
     end = names.index(f"layer{stages}") + 1 if stages else 0
     for name in names[:end]:
         pyramid.body.get_submodule(name).requires_grad_(False)
-    still = names[:end] + (_norms(pyramid.body) if norms else [])
-    pyramid.still = tuple(f"body.{name}" for name in still)
+    frozen_modules = names[:end] + (_norms(pyramid.body) if norms else [])
+    pyramid.frozen_modules = tuple(f"body.{name}" for name in frozen_modules)
     return pyramid.train(pyramid.training)
 
 

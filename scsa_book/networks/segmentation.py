@@ -53,7 +53,7 @@ class PyramidPooling(nn.Module):
 
 # %% ../../nbs/networks/segmentation.ipynb #e956caa0
 class UPerHead(nn.Module):
-    """All stages merged at the resolution of the first: `[maps] -> {"out": scores}`.
+    """All stages merged at the resolution of the first: `[maps] -> {"out": logits}`.
 
     Source: Xiao et al., "Unified Perceptual Parsing for Scene Understanding", ECCV
     2018, figure 4, its branch for one task; widths as in MMSegmentation.
@@ -121,7 +121,7 @@ class Segmenter(nn.Module):
         self.in_channels = in_channels
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
 
-    def scores(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         "Logits at the resolution of the head, before they are made as large as the image."
         self.check(x)
         return self.head(self.backbone(x))["out"]
@@ -129,10 +129,10 @@ class Segmenter(nn.Module):
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         self.check(x)
         maps = self.backbone(x)
-        answers = self.head(maps)
+        outputs = self.head(maps)
         if self.training and self.auxiliary is not None:
-            answers["aux"] = self.auxiliary(maps[-2])
-        full = {name: resize(scores, x) for name, scores in answers.items()}
+            outputs["aux"] = self.auxiliary(maps[-2])
+        full = {name: resize(logits, x) for name, logits in outputs.items()}
         return full if len(full) > 1 else full["out"]
 
     def check(self, x: Tensor) -> None:
@@ -146,12 +146,12 @@ class Segmenter(nn.Module):
 # %% ../../nbs/networks/segmentation.ipynb #d7c9f3f9
 def _check_one(network: Segmenter, side: Sequence[int]) -> None:
     "Training on one image is refused where a batch norm would see one value a channel."
-    places = math.prod(-(-n // network.backbone.strides[-1]) for n in side)
-    if places > 1 and not isinstance(network.head, UPerHead):
+    positions = math.prod(-(-n // network.backbone.strides[-1]) for n in side)
+    if positions > 1 and not isinstance(network.head, UPerHead):
         return
-    layers = (network if places == 1 else network.head).modules()
+    layers = (network if positions == 1 else network.head).modules()
     if any(isinstance(m, nn.BatchNorm2d) and m.training for m in layers):
-        what = "pools the image to one position" if places > 1 else "sees one position of it"
+        what = "pools the image to one position" if positions > 1 else "sees one position of it"
         raise ValueError(
             f"training on 1 image of {side[0]}×{side[1]}: the head {what}, and a batch norm "
             "cannot take the variance of one value. Train on 2 or more images at once, "
@@ -174,18 +174,18 @@ def _check_labels(labels: Tensor, classes: int, ignore: int) -> None:
 
 # %% ../../nbs/networks/segmentation.ipynb #4adf0b8e
 def segmentation_loss(
-    answers: Tensor | Mapping[str, Tensor],  # of a `Segmenter`
+    outputs: Tensor | Mapping[str, Tensor],  # of a `Segmenter`
     labels: Tensor,  # (B, H, W), whole numbers
     *,
     weights: Mapping[str, float] = LOSS_WEIGHTS,  # of the answers
     ignore: int = 255,  # the label of pixels that are not judged
 ) -> Tensor:
     "Cross-entropy, mean over the judged pixels, 0 if there are none; weighted over answers."
-    answers = {"out": answers} if isinstance(answers, Tensor) else answers
-    _check_labels(labels, answers["out"].shape[1], ignore)
-    judged = (labels != ignore).sum().clamp(min=1)
+    outputs = {"out": outputs} if isinstance(outputs, Tensor) else outputs
+    _check_labels(labels, outputs["out"].shape[1], ignore)
+    counted = (labels != ignore).sum().clamp(min=1)
     entropy = partial(F.cross_entropy, target=labels, ignore_index=ignore, reduction="sum")
-    return sum(weights[name] * entropy(logits) / judged for name, logits in answers.items())
+    return sum(weights[name] * entropy(logits) / counted for name, logits in outputs.items())
 
 # %% ../../nbs/networks/segmentation.ipynb #00de9a15
 class Kind(NamedTuple):

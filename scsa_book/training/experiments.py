@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from ..places import book_root
+from ..paths import book_root
 from .config import ConfigError, RunConfig, configure, must_be_known, one_line
 
 # %% ../../nbs/training/experiments.ipynb #e6f15113
@@ -35,7 +35,7 @@ class Scale(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    instead: dict[str, Any] = {}  # of what the runs say; None: the preset's own
+    overrides: dict[str, Any] = {}  # of what the runs say; None: the preset's own
     options: Options = {}
 
 # %% ../../nbs/training/experiments.ipynb #d3b511b6
@@ -84,7 +84,7 @@ class Experiment(BaseModel):
         preset = preset or self.preset
         scale = self.at.get(preset, Scale())
         fixed = {"preset": preset, "task": self.task, **self.common}
-        rows = [{**fixed, **row, **scale.instead} for row in self.rows]
+        rows = [{**fixed, **row, **scale.overrides} for row in self.rows]
         given = [with_options(row, self.options, scale.options) for row in rows]
         pairs = itertools.product(given, seeds or self.seeds)
         return [{**run, "seed": seed} for run, seed in pairs]

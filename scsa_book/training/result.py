@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'Epoch', 'Data', 'Machine', 'Code', 'RunResult', 'versions', 'git', 'code_state', 'device_name',
-           'DiskError', 'free_bytes', 'disk_error', 'write_whole', 'require_room', 'result_path', 'run_folder',
+           'DiskError', 'free_bytes', 'disk_error', 'write_atomic', 'require_space', 'result_path', 'run_folder',
            'load_result', 'finished', 'all_results']
 
 # %% ../../nbs/training/result.ipynb #383dcf92
@@ -19,7 +19,7 @@ from pathlib import Path
 
 # %% ../../nbs/training/result.ipynb #42c184e4
 from pydantic import BaseModel, ConfigDict
-from ..places import book_root, cache_folder, results_folder
+from ..paths import book_root, cache_folder, results_folder
 from .config import Execution, RunConfig
 
 # %% ../../nbs/training/result.ipynb #93e35709
@@ -146,7 +146,7 @@ def disk_error(path: Path, needed: int, error: OSError | str) -> DiskError:
     return DiskError(f"cannot write {path} ({why}): {needed:,} bytes needed, {free:,} free")
 
 # %% ../../nbs/training/result.ipynb #7b802c45
-def write_whole(path: Path, text: str) -> Path:
+def write_atomic(path: Path, text: str) -> Path:
     "Write `text` to `path`, whole or not at all; DiskError says why it could not be."
     content = text.encode()
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -163,7 +163,7 @@ def write_whole(path: Path, text: str) -> Path:
     return path
 
 # %% ../../nbs/training/result.ipynb #99ab1e98
-def require_room(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int) -> None:
     "DiskError unless `folder` can be written to and has `needed` bytes."
     probe = folder / f".probe.{os.getpid()}"
     try:
