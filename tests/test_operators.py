@@ -1,4 +1,4 @@
-"""Operators: a form for a device says what the written form says, one rule chooses, and nothing is half recorded."""
+"""A form for a device computes what is written, one rule chooses, and nothing is half recorded."""
 
 import ast
 import copy
@@ -45,7 +45,7 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
     taps = [torch.randn(C // 4, 1, k, dtype=dtype) for k in (3, 5, 7, 9)]
     biases = [torch.randn(C // 4, dtype=dtype) for _ in range(4)]
     factors, shifts = ([torch.randn(*s, dtype=dtype) for _ in range(3)] for s in ((C, 1, 1, 1), (C,)))
-    kernel, bias, shares = torch.randn(C, C, 3, 3, dtype=dtype), torch.randn(C, dtype=dtype), torch.rand(C, dtype=dtype)
+    kernel, bias, shares = (torch.randn(s, dtype=dtype) for s in ((C, C, 3, 3), (C,), (C,)))
     return {
         "strip_means": (strips.strip_means, (x,)),
         "window_means": (windows.window_means, (x, 7, 4)),
@@ -61,7 +61,10 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
             (g[:, :, : H // 7, : W // 4].contiguous(memory_format=layout), x, s_h, s_w, 7, 4),
         ),
         "gated_extremes": (extremes.gated_extremes, (x, s_c)),
-        "gated_extremes_gradient": (extremes.gated_extremes_gradient, (g[:, :2].contiguous(), x, s_c)),
+        "gated_extremes_gradient": (
+            extremes.gated_extremes_gradient,
+            (g[:, :2].contiguous(), x, s_c),
+        ),
         "entropy": (entropy.entropy, (x, 1)),
         "pattern_sums": (frequency.pattern_sums, (x, torch.randn(4, H, W, dtype=dtype))),
         "convolve_strips": (convolution.convolve_strips, (rows, columns, taps, biases)),
@@ -151,10 +154,10 @@ def test_gradients_are_those_of_what_is_written(case, layout, threads):
         assert b is None or torch.allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
-DIFFERENTIABLE = [case for case in CASES if (form := example(case)[0].forms["cpu"]).differentiable is not form.run]
+DIFFERENTIABLE = [c for c in CASES if example(c)[0].forms["cpu"].differentiable and c != "mixture_and_mean"]
 
 
-@pytest.mark.parametrize("case", [c for c in DIFFERENTIABLE if example(c)[0].forms["cpu"].differentiable])
+@pytest.mark.parametrize("case", DIFFERENTIABLE)
 def test_gradients_of_gradients(case):
     operator, args = example(case, torch.float64, shape=(1, 4, 8, 4))
     args = changed(args, lambda t: t.requires_grad_())
@@ -248,7 +251,8 @@ def test_other_kinds_of_tensors():
     assert not takes(x.to_sparse(), s_h, s_w)
     assert not takes(torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), s_h, s_w)
     assert not takes(x, s_h.to("meta"), s_w)
-    assert not takes(torch.fx.Proxy(torch.fx.Node(torch.fx.Graph(), "x", "placeholder", "x", (), {})), s_h, s_w)
+    graph = torch.fx.Graph()
+    assert not takes(torch.fx.Proxy(graph.placeholder("x")), s_h, s_w)
 
 
 def test_a_form_without_a_gradient_is_for_inference_alone():
@@ -292,7 +296,6 @@ def test_a_cell_that_runs_again_replaces_its_operator():
 
 WIDTH = 32
 MECHANISM = pytest.mark.parametrize("name", registry.names())
-PYTHON = ("PythonOp", "scsa_book::", "autograd")
 
 
 def build(name):
@@ -385,7 +388,8 @@ PACKAGE = Path(scsa_book.__file__).parent
 
 def test_no_private_names_of_torch():
     private = re.compile(r"\btorch(\.\w+)*\._\w+|from torch(\.\w+)*\._")
-    found = [f"{p.name}: {m[0]}" for p in PACKAGE.rglob("*.py") for m in private.finditer(p.read_text("utf-8"))]
+    texts = {p.name: p.read_text("utf-8") for p in PACKAGE.rglob("*.py")}
+    found = [f"{name}: {m[0]}" for name, text in texts.items() for m in private.finditer(text)]
     assert found == []
 
 

@@ -80,7 +80,7 @@ def check_attention(channels: int, heads: int, dropout: float) -> None:
 
 # %% ../../nbs/synergy/pcsa.ipynb #6aa03d8d
 class ChannelAttention(Attention):
-    "Channels attend to each other over a compressed map; a subclass brings the layers."
+    "Channels attend to each other over a compressed map; a subclass sets the layers."
 
     def compress(self, x: Tensor) -> Tensor:
         "Pool the windows and normalise: (B, C, H, W) -> (B, C, H', W')."
