@@ -2573,6 +2573,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'scsa_book/renamed.py'),
                                    'scsa_book.renamed.Renamed': ('reference/renamed.html#renamed', 'scsa_book/renamed.py'),
                                    'scsa_book.renamed.attribute_of': ('reference/renamed.html#attribute_of', 'scsa_book/renamed.py'),
+                                   'scsa_book.renamed.find': ('reference/renamed.html#find', 'scsa_book/renamed.py'),
                                    'scsa_book.renamed.install': ('reference/renamed.html#install', 'scsa_book/renamed.py'),
                                    'scsa_book.renamed.keep_old_names': ('reference/renamed.html#keep_old_names', 'scsa_book/renamed.py'),
                                    'scsa_book.renamed.keep_old_parameters': ( 'reference/renamed.html#keep_old_parameters',
