@@ -46,7 +46,12 @@ REMOVED = {(row.module, row.old) for row in KIND["removed"]}
 # Their parameters changed with what they do: a converted layer, and a command that takes several experiments.
 OTHER_PARAMETERS = {"Instead(channels)", "Instead(stride)", "convolve_groups(convs)"}
 # Steps of the fast path of 0.1.0 that mechanisms have no more: operators take them.
-STEPS = {"PlaceLogits.logits", "TwoGates.attend", "ChannelSelfAttention.mixed", "ChannelSelfAttention.channel_gates"}
+STEPS = {
+    "PlaceLogits.logits",
+    "TwoGates.attend",
+    "ChannelSelfAttention.mixed",
+    "ChannelSelfAttention.channel_gates",
+}
 STEPS |= {"Halves.halves", "Fused.fused", "Fused.heard", "StripGates.joined", "StripGates.gates"}
 
 
@@ -79,7 +84,9 @@ def accepts(function, parameter: str) -> bool:
     return parameter in known or any(p.kind is p.VAR_KEYWORD for p in given.values())
 
 
-@pytest.mark.parametrize("module", [m for m in PUBLIC if m != "scsa_book.cli"])  # its interface is the command line
+@pytest.mark.parametrize(
+    "module", [m for m in PUBLIC if m != "scsa_book.cli"]
+)  # its interface is the command line
 def test_every_parameter_of_0_1_0_is_taken(module):
     found = {name: f for name, f in old_objects(module).items() if PUBLIC[module][name].get("parameters")}
     lost = [
