@@ -172,7 +172,7 @@ def test_every_chapter_links_to_the_glossary():
 
 
 def sections(path):
-    "Title and text of the parts of a page, one for each heading of level 1 or 2, as the site's search has them."
+    "Title and text of the parts of a page: one for each heading of level 1 or 2, as the search has them."
     nb = reader.clean(reader.read(path), path.relative_to(ROOT), reader.settings(ROOT))
     text = "\n\n".join(reader.text(c) for c in nb["cells"] if c["cell_type"] in ("markdown", "raw"))
     title = re.search(r'^title: "(.*)"$', text, re.M)
