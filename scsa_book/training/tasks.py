@@ -137,7 +137,7 @@ def stock_weights(
         except ValueError:
             raise ValueError(f"weights='imagenet': torchvision has none for {name}") from None
     if not Path(source).expanduser().exists():
-        raise ValueError(f"weights={source!r} is no file, and not 'imagenet'")
+        raise ValueError(f"weights={source!r} is neither a file nor 'imagenet'")
     return read_weights(source)
 
 # %% ../../nbs/training/tasks.ipynb #c9c228c7
@@ -159,6 +159,6 @@ def build_network(config, classes: int) -> nn.Module:
     torch.manual_seed(config.seed)
     network = kind.build(config, classes)
     on_meta = any(p.is_meta for p in network.parameters())
-    if config.weights and not on_meta:  # where there are only shapes there is nothing to load
+    if config.weights and not on_meta:  # with shapes only there is nothing to load
         load_weights(kind.body(network), config.backbone or config.network, config.weights)
     return network
