@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot', 'bench', 'any_gpu', 'Device', 'Dtype', 'Layout',
            'Compiled', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters', 'title',
-           'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory', 'kernel', 'execute',
-           'is_locked', 'in_words', 'make_run', 'run', 'sweep', 'job', 'beside_the_claim', 'evaluation_page',
-           'execute_evaluation', 'evaluate', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger',
-           'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
+           'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory', 'of_this_interpreter',
+           'kernel', 'execute', 'is_locked', 'in_words', 'make_run', 'run', 'sweep', 'job', 'beside_the_claim',
+           'evaluation_page', 'execute_evaluation', 'evaluate', 'names_in_use', 'list_names', 'counting', 'recounting',
+           'ledger', 'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -177,6 +178,20 @@ def keeping_memory():
         for name in added:
             del os.environ[name]
 
+# %% ../nbs/reference/command-line.ipynb #52b28822
+def of_this_interpreter():
+    "A class of kernels that run in the interpreter of this command."
+    from jupyter_client.manager import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    class Kernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+    return Kernel
+
 # %% ../nbs/reference/command-line.ipynb #b5a410aa
 READY = "import scsa_book.training.run, scsa_book.explain.runs"
 
@@ -184,10 +199,9 @@ READY = "import scsa_book.training.run, scsa_book.explain.runs"
 @contextlib.contextmanager
 def kernel(folder: Path):
     "A kernel in `folder` that prepares for a run notebook; it ends with the block."
-    from jupyter_client.manager import AsyncKernelManager
     from jupyter_core.utils import run_sync
 
-    manager, left = AsyncKernelManager(kernel_name="python3"), True
+    manager, left = of_this_interpreter()(kernel_name="python3"), True
     words = [
         "--IPKernelApp.log_level=50",  # no message about its connection
         "--HistoryManager.hist_file=:memory:",
@@ -258,7 +272,7 @@ def make_run(
 ) -> tuple[Any, bool]:
     "The result of a run, and whether it was finished before."
     from scsa_book.training.config import from_notebook
-    from scsa_book.training.result import finished, run_folder
+    from scsa_book.training.result import finished, require_space, result_path, run_folder
 
     check_parameters(notebook := task_notebook(task), parameters)
     at_once = "torch" in sys.modules  # the check takes no time
@@ -266,6 +280,8 @@ def make_run(
         config, execution = from_notebook({"task": task, **parameters})
         if not again and (result := finished(config, execution)):
             return result, True
+        require_space(run_folder(config, execution), 2**20, "cache_dir")
+        require_space(result_path(config, execution).parent, 2**20, "results_dir")
         if is_locked(folder := run_folder(config, execution)):
             holds = f"it holds {folder / 'lock'}"
             raise RunFailed(f"{config.id} is being executed by another process ({holds})")
@@ -398,13 +414,14 @@ def evaluate(
     fields = {k: v for k, v in given.items() if k in Evaluation.model_fields}
     where = {k: v for k, v in given.items() if k in Execution.model_fields}
     where |= {"again": again} | ({"data_root": data_root} if data_root else {})
-    evaluation, path, _ = plan(checkpoint, name, data, **fields)
+    evaluation, path, run = plan(checkpoint, name, data, **fields)
     execution, found = Execution(**where), evaluation_path(evaluation, Execution(**where))
     if found.is_file() and not again:
         result = EvaluationResult.model_validate_json(found.read_text("utf-8"))
         print(beside_the_claim(result) + "  (finished before; --again repeats it)")
         return
-    asked = {"checkpoint": str(path), "data": evaluation.dataset, "name": name, "again": again}
+    asked = {"checkpoint": str(path), "data": evaluation.dataset, "again": again}
+    asked["name"] = None if run else evaluation.network  # guessed once
     asked |= {"data_root": str(data_root)} if data_root else {}
     print(beside_the_claim(execute_evaluation({**asked, **given}, evaluation, execution)))
 
@@ -451,21 +468,27 @@ def list_names(
 def counting() -> dict:
     "Every cost, counted again; progress is printed to stderr."
     from scsa_book.evidence.ledger import costs, recount_all
+    from tqdm import tqdm
 
-    wanted, done = costs(), 0
+    wanted = costs()
+    with tqdm(total=len(wanted), unit="cost", disable=None, leave=False) as bar:
+        done = itertools.count(1)
 
-    def show(entry):
-        nonlocal done
-        done += 1
-        print(f"{done:>3} of {len(wanted)}  {entry.status:<7}  {entry.key}", file=sys.stderr)
+        def show(entry):
+            bar.update()
+            line = f"{next(done):>3} of {len(wanted)}  {entry.status:<7}  {entry.key}"
+            bar.write(line, file=sys.stderr)
 
-    return recount_all(wanted, show)
+        return recount_all(wanted, show)
 
 # %% ../nbs/reference/command-line.ipynb #5c449a7e
 def recounting(write: bool) -> None:
     "Count every cost again and print what has changed; RuntimeError if something has."
     from scsa_book.evidence import ledger as ledgers
 
+    if ledgers.is_current() and not write:
+        print(f"{len(ledgers.ledgers())} costs kept, nothing that they depend on has changed")
+        return
     found = counting()
     changed = ledgers.changes(ledgers.stored(), found)
     print("\n".join(changed) or f"{len(found)} costs counted, nothing has changed")
@@ -478,7 +501,7 @@ def recounting(write: bool) -> None:
 @app.command()
 def ledger(
     check: Annotated[
-        bool, typer.Option("--check", help="Count every cost again; error if one has changed.")
+        bool, typer.Option("--check", help="Count every cost again that may have changed.")
     ] = False,
     write: Annotated[
         bool, typer.Option("--write", help="Count every cost again, and store the counts.")

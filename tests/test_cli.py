@@ -222,31 +222,27 @@ def test_stopping_by_hand_is_no_traceback(inside, capsys, monkeypatch):
     assert said(capsys, "run", "classify", "-p", "seed=97") == (130, "", "")
 
 
-def test_the_kernel_of_a_run_keeps_memory_and_ends_with_the_block(tmp_path, monkeypatch):
+def test_a_kernel_is_ready_for_a_run_keeps_memory_and_ends_with_the_block(tmp_path, monkeypatch):
     "Variables that are set keep their values, and the others are unset again afterwards."
     one, other = KEEP_MEMORY
     monkeypatch.setenv(one, "1")
     monkeypatch.delenv(other, raising=False)
+    code = "import sys; print(sorted({'torch', 'scsa_book.explain.runs'} & set(sys.modules)))"
+    found = {}
     with pytest.raises(ZeroDivisionError), cli.kernel(tmp_path) as kernel:
         process = psutil.Process(kernel.provisioner.pid)
-        found, folder = process.environ(), process.cwd()
-        raise ZeroDivisionError
-    assert {name: found[name] for name in KEEP_MEMORY} == {one: "1", other: KEEP_MEMORY[other]}
-    assert folder == str(tmp_path) and not process.is_running()
-    assert os.environ[one] == "1" and other not in os.environ
-
-
-def test_a_kernel_is_ready_for_a_run_notebook_when_it_answers(tmp_path):
-    with cli.kernel(tmp_path) as kernel:
+        environment, folder = process.environ(), process.cwd()
         client = kernel.client()
         client.start_channels()
-        run_sync(client.wait_for_ready)(timeout=60)
-        said = {}
-        aggregate = lambda message: said.update(message["content"])  # noqa: E731
-        code = "import sys; print(sorted({'torch', 'scsa_book.explain.runs'} & set(sys.modules)))"
+        run_sync(client.wait_for_ready)(timeout=120)
+        aggregate = lambda message: found.update(message["content"])  # noqa: E731
         run_sync(client.execute_interactive)(code, timeout=60, output_hook=aggregate)
         client.stop_channels()
-    assert said["text"] == "['scsa_book.explain.runs', 'torch']\n"
+        raise ZeroDivisionError
+    assert found["text"] == "['scsa_book.explain.runs', 'torch']\n"
+    assert {name: environment[name] for name in KEEP_MEMORY} == {one: "1", other: KEEP_MEMORY[other]}
+    assert folder == str(tmp_path) and not process.is_running()
+    assert os.environ[one] == "1" and other not in os.environ
 
 
 def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(inside, capsys):

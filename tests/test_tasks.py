@@ -113,10 +113,17 @@ fit(config, build_network(config, len(images.classes)), images, where)
 """
 
 
+@pytest.fixture(scope="module", params=["detect", "segment"])
+def whole_run(request, tmp_path_factory):
+    "A configuration, and the run of it that nobody disturbs."
+    config, folder = tiny(request.param, attention="scsa"), tmp_path_factory.mktemp("undisturbed")
+    where = Execution(results_dir=folder / "results", cache_dir=folder / "cache", accelerator="cpu")
+    return config, train(config, where)[0]
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("task", ["detect", "segment"])
-def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(task, how, where, tmp_path):
-    config = tiny(task, attention="scsa")
+def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(whole_run, how, where, tmp_path):
+    config, whole = whole_run
     command = [sys.executable, "-c", CHILD, config.model_dump_json(), str(tmp_path)]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "in the middle\n" in child.stdout
@@ -126,7 +133,6 @@ def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(task,
     middle = ["epoch=0001-after-0000002.ckpt"] if how == signal.SIGTERM else []
     assert left == ["epoch=0000.ckpt", *middle]
     resumed, result = train(config, where)
-    whole, _ = train(config, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
     assert result.starts == 2 and bytes_of(resumed.network) == bytes_of(whole.network)
     assert [e.metrics for e in resumed.epochs] == [e.metrics for e in whole.epochs]
 

@@ -79,7 +79,8 @@ def open_image(path: Path, remedy: str = DAMAGED):
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
+        # by its bytes: of a TIFF opened by its name Pillow maps the rows in the size after turning
+        with open(path, "rb") as stream, Image.open(stream) as file:
             yield file
     except DataError:
         raise

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'CAMVID_REMEDY', 'ADE_REMEDY', 'of_scenes', 'of_mini', 'FACTS', 'NO_CLASS', 'CAMVID_CLASSES', 'CAMVID_TABLE',
-           'ADE_TABLE', 'MOST', 'FEWER', 'SegmentationFacts', 'as_imagenet', 'facts', 'pad_to_size',
+           'ADE_TABLE', 'MOST', 'FEWER', 'Side', 'Factor', 'SegmentationFacts', 'as_imagenet', 'facts', 'pad_to_size',
            'one_class_dominates', 'uniform', 'random_int', 'JointTransform', 'ClassMaps', 'class_map', 'ObjectMaps',
            'grey_table', 'read_classes', 'FileMaps', 'pair_files', 'camvid_files', 'ade_files', 'ade_classes',
-           'SegmentationDataset', 'from_files', 'from_objects', 'from_scenes', 'segmentation_dataset']
+           'SegmentationDataset', 'from_files', 'from_objects', 'from_scenes', 'SegmentationOptions',
+           'segmentation_dataset']
 
 # %% ../../nbs/training/segmentation-data.ipynb #ef6e727f
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
+from typing import Annotated, Any
+from pydantic import Field, StrictBool, field_validator
 from ..attention.registry import unknown
 from . import annotations as ann
 from . import detection
@@ -26,6 +29,7 @@ from .detection import ANY, Detections, ImageDetections, SceneDetections
 from .images import IMAGENET, IMAGE_SUFFIXES, BatchIndices, Facts, ImageDataset
 from .images import fingerprint_of_files, open_image, ours, read_image, seeded
 from .scenes import SceneOptions
+from ..options import Number, Options, Whole, checked
 from ..paths import DataError
 
 # %% ../../nbs/training/segmentation-data.ipynb #37223377
@@ -344,18 +348,40 @@ def from_scenes(options: SceneOptions, limits: Sequence, augment: Callable) -> S
     )  # fmt: skip
 
 # %% ../../nbs/training/segmentation-data.ipynb #9c6a23b2
+Side = Annotated[Whole, Field(ge=1, le=8192)]
+Factor = Annotated[Number, Field(ge=0.01, le=100)]
+
+
+class SegmentationOptions(Options):
+    "The options of a segmentation dataset besides its name."
+
+    crop: tuple[Side, Side] | None = None  # of training, height and width; None: the dataset's own
+    scale: tuple[Factor, Factor] | None = None  # range of random scales; None: likewise
+    distort: StrictBool = False  # change colours at random
+    scenes: dict[str, Any] | None = None  # options of scenes
+
+    @field_validator("scale")
+    @classmethod
+    def _rises(cls, scale):
+        if scale and scale[0] > scale[1]:
+            raise ValueError("the two numbers must rise")
+        return scale
+
+# %% ../../nbs/training/segmentation-data.ipynb #60fb96a4
 def segmentation_dataset(
     name: str,  # scenes, coco-mini, coco2017, camvid, ade20k or coco:NAME
     root: Path | str | None = None,  # the data root; SCSA_BOOK_DATA by default
-    train_images: int | None = None,  # number of training images; None: all
-    test_images: int | None = None,  # number of test images; None: all
+    train_images: int | None = None,  # only so many training pictures
+    test_images: int | None = None,  # only so many test pictures
     crop: tuple[int, int] | None = None,  # of training; None: that of the facts
     scale: tuple[float, float] | None = None,  # range of random scales; None: likewise
     distort: bool = False,  # change colours at random
-    scenes: Mapping | SceneOptions | None = None,  # options of scenes
+    scenes: Mapping | SceneOptions | None = None,  # what scenes are like
 ) -> SegmentationDataset:
-    "A segmentation dataset; DataError if missing or damaged, ValueError for wrong arguments."
+    "A set for segmentation; DataError if missing or damaged, ValueError if asked wrongly."
     f, options = facts(name), detection.scene_options(name, scenes)
+    given = {"crop": crop, "scale": scale, "distort": distort}
+    crop, scale, distort = checked(SegmentationOptions, given, "data option").values()
     own = (options.side, options.side) if name == "scenes" else f.crop
     augment = JointTransform(crop or own, scale or f.scale, f.mean, distort)
     limits = (train_images, test_images)

@@ -47,6 +47,7 @@ import torch
 from pydantic import AliasChoices, BaseModel, Field
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 from ..attention import registry
 from ..paths import KEEP_MEMORY, book_root, results_folder
@@ -384,7 +385,7 @@ def bench_modules(
     peers = peers_of_the_book() if peers is None else peers
     control = bench_module("se", setting, copy.deepcopy, shape, budget)
     rows = []
-    for name in names:
+    for name in tqdm(names, desc="mechanisms", disable=None, leave=False):
         rows.append(bench_module(name, setting, peers.get(name), shape, budget))
         show(rows[-1])
     duration = time.perf_counter() - start
@@ -452,7 +453,11 @@ def command(
     "Measure in a process that keeps freed memory, and print; store complete results only."
     if setting_of(**how).device == "cpu":
         keep_memory()
-    show = lambda row: print(in_words(row), flush=True)  # noqa: E731
+
+    def show(row):
+        tqdm.write(in_words(row))
+        sys.stdout.flush()
+
     result = bench_modules(names, **how, budget=budget, show=show)
     if names:
         print(f"{result.seconds:.0f} s; only a measurement of all mechanisms is stored")

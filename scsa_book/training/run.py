@@ -199,8 +199,8 @@ def fit(
     "Train a network, from its newest checkpoint if there is one."
     keep_memory()
     folder, needed = run_folder(config, execution), checkpoint_bytes(config, network)
-    require_space(folder, needed)
-    require_space(result_path(config, execution).parent, 2**20)
+    require_space(folder, needed, "cache_dir")
+    require_space(result_path(config, execution).parent, 2**20, "results_dir")
     world = execution.devices * execution.nodes
     counts = {"world": world, "steps": config.epoch_steps}
     steps = len(EpochSampler(len(images.train), config.batch_size, config.seed, **counts))
