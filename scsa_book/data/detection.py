@@ -408,9 +408,9 @@ def scene_options(name: str, given: Mapping | SceneOptions | None) -> SceneOptio
 
 # %% ../../nbs/training/detection-data.ipynb #decbe55c
 class DetectionOptions(Options):
-    "What a set for detection can be told beside its name."
+    "The options of a detection dataset besides its name."
 
-    augment: Literal[tuple(AUGMENTS)] = "flip"  # a random change of pictures and boxes
+    augment: Literal[tuple(AUGMENTS)] = "flip"  # augmentation of images and boxes
     scenes: dict[str, Any] | None = None  # what scenes are like
 
 # %% ../../nbs/training/detection-data.ipynb #b59561db

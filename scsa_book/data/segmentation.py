@@ -371,14 +371,14 @@ class SegmentationOptions(Options):
 def segmentation_dataset(
     name: str,  # scenes, coco-mini, coco2017, camvid, ade20k or coco:NAME
     root: Path | str | None = None,  # the data root; SCSA_BOOK_DATA by default
-    train_images: int | None = None,  # only so many training pictures
-    test_images: int | None = None,  # only so many test pictures
+    train_images: int | None = None,  # number of training images; None: all
+    test_images: int | None = None,  # number of test images; None: all
     crop: tuple[int, int] | None = None,  # of training; None: that of the facts
     scale: tuple[float, float] | None = None,  # range of random scales; None: likewise
     distort: bool = False,  # change colours at random
-    scenes: Mapping | SceneOptions | None = None,  # what scenes are like
+    scenes: Mapping | SceneOptions | None = None,  # options of scenes
 ) -> SegmentationDataset:
-    "A set for segmentation; DataError if missing or damaged, ValueError if asked wrongly."
+    "A segmentation dataset; DataError if missing or damaged, ValueError for wrong arguments."
     f, options = facts(name), detection.scene_options(name, scenes)
     given = {"crop": crop, "scale": scale, "distort": distort}
     crop, scale, distort = checked(SegmentationOptions, given, "data option").values()

@@ -142,7 +142,7 @@ def preset_values(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/training/config.ipynb #d356fcdb
 def configure(preset: str = "sample", **given) -> RunConfig:
-    "A checked configuration: `given` over the values of `preset`; None is the preset's."
+    "A validated configuration: `given` overrides the values of `preset`; None is the preset's."
     from scsa_book.training import tasks
 
     for name in given:
