@@ -1,25 +1,30 @@
 # make book    the whole book: sample runs, results, site      make lab       JupyterLab in the book's environment
-# make test    tests and chapters                              make clean     remove what `make book` made
-# make help    what contributors need besides
+# make test    tests and chapters                              make clean     remove the files of `make book`
+# make help    further commands for contributors
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
 SITE := $(BIN)/python nbs/_site
 
-# The environment is made anew only when the requirements (or the version or the commands) have changed, not whenever
-# a file that holds them was touched: the stamp's name is their checksum.
+# The environment is installed again only when the requirements (or the version or the commands) have changed, not
+# whenever the file with them was touched: the name of the stamp is their checksum.
 WANTED := $(shell { grep -E '^(version|min_python|    )' settings.ini; grep -E '^scsa' pyproject.toml; cat setup.py; } \
 	| cksum | cut -d ' ' -f 1)
 STAMP := .venv/installed-$(WANTED)
 
+# Byte code is kept, whatever the shell asks for: without it every process compiles all of PyTorch anew, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+PYTEST = $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
+
 .PHONY: help book test test-all lab clean pull push execute export readme links
 
 help:
-	@echo "make book               the book, with the sample experiments run here"
-	@echo "make test               tests and chapters; make test-all also the long ones"
+	@echo "make book               build the book, including the sample experiments"
+	@echo "make test               run tests and chapters; make test-all also the long tests"
 	@echo "make lab                JupyterLab"
-	@echo "make clean              remove what make book made (.venv stays)"
-	@echo "make pull NB=nbs/a.ipynb    notebook -> text in _txt/; make push: back; make execute: run it"
+	@echo "make clean              remove the files of make book (.venv stays)"
+	@echo "make pull NB=nbs/a.ipynb    notebook -> text in _txt/; make push: text -> notebook; make execute: run it"
 	@echo "make export             notebooks -> library, then clean the notebooks"
 	@echo "make readme             home page -> README.md"
 	@echo "make links              repo_url of settings.ini -> notebooks and _quarto.yml"
@@ -35,15 +40,17 @@ $(STAMP):
 book: $(STAMP)
 	@$(SITE)/build.py
 
-# One thread a process: two processes share the cores, and figures do not depend on how many there are.
+# One thread a process and a process a core; figures do not depend on how many there are. A test file stays in one
+# process, so that what its tests share is made once.
+test test-all: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	$(PYTEST)
+	$(BIN)/nbdev-test --n-workers $(CORES)
 	@echo "the tests and every cell of the chapters passed"
 
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --flags slow
+	$(PYTEST) -m "slow or not slow"
+	$(BIN)/nbdev-test --n-workers $(CORES) --flags slow
 	@echo "the tests, the long ones too, and every cell of the chapters passed"
 
 lab: $(STAMP)

@@ -2,11 +2,15 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+# A grammar of addresses that nbformat could check with, and that takes a second of every process to import.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,4 +1,4 @@
-"""Every mechanism in its straightforward form, the equations of its paper line by line, and as timm has it.
+"""Every mechanism in a straightforward form, the equations of its paper line by line, and timm's modules.
 
 `scsa-book bench modules` measures ours against these. A form takes our module for its parameters only; what
 the module does with them is written down here once more, with no thought of speed.
@@ -30,7 +30,7 @@ def eca(m, x):
 
 @lru_cache(1)
 def basis(u, v, width, height, length, device, dtype):
-    "The pattern of every channel, (C, H, W); kept, as whoever knows the size of the map would."
+    "The DCT basis of every channel, (C, H, W); cached for a size of the map."
     patterns = torch.empty(len(u) * width, height, length, dtype=torch.float64)
     i, j = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (height, length))
     for g, (a, b) in enumerate(zip(u, v, strict=True)):
@@ -325,7 +325,7 @@ MODULES = (timm_se, timm_eca, timm_ge, timm_sk, timm_cbam, timm_gc, timm_ca)
 TIMM = {make.__name__.removeprefix("timm_"): make for make in MODULES}
 
 
-# ---- what `scsa-book bench modules` asks for
+# ---- for `scsa-book bench modules`
 
 
 def straightforward(name):

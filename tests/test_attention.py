@@ -1,4 +1,4 @@
-"""What holds for every mechanism of the registry: one parametrised file, no copies."""
+"""Properties of every mechanism of the registry, in one parametrised file."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ MECHANISM = pytest.mark.parametrize("name", NAMES)
 
 
 def build(name, channels=WIDTH, *, awake=True, **options):
-    "A mechanism with weights from one seed; `awake`: what starts at zero, and hides the rest, gets values."
+    "A mechanism with weights from one seed; `awake`: parameters that start at zero get random values."
     torch.manual_seed(0)
     module = registry.create(name, channels, **NARROW.get(name, {}) | options)
     for parameter in module.parameters() if awake else ():
@@ -35,13 +35,13 @@ def normalises_the_batch(module):
 
 # Batch normalisation after the global mean: in training one image is one value.
 NORMALISES_ITS_SUMMARY = {"sk", "bam"}
-# A layer that starts at zero: what comes before it gets its first gradient after one step.
+# A layer that starts at zero: the layers before it get their first gradient after one step.
 STARTS_CLOSED = {"non_local", "gc", "cat", "danet_position", "sa"}
 # Biases that shift all logits of a softmax alike: no output ever depends on them.
 SHIFTS = {"non_local": {"phi.bias"}, "gc": {"mask.bias"}, "danet_position": {"key.bias"}}
 # Groups that a narrow map can be split into.
 NARROW = {"sa": {"groups": 4}, "sge": {"groups": 4}, "ema": {"factor": 8}}
-# Options with which every part of a mechanism is at work, where the default has none to train.
+# Options with trainable parameters, where the default has none.
 WITH_PARAMETERS = {"ge": {"variant": "theta+", "extent": 4}}
 
 
@@ -138,8 +138,8 @@ def test_maps_are_the_factors_of_forward(name):
 @pytest.mark.parametrize("size", [(9, 14), (40, 26)], ids=str)
 @pytest.mark.parametrize("threads", [1, 4])
 def test_in_use_it_computes_what_it_computes_in_training(name, size, threads):
-    # Without a gradient, in single precision on a CPU, other kernels may be at work.
-    channels = 256 if size == (40, 26) and name not in NARROW else WIDTH  # images that are taken singly
+    # Without gradients, in single precision on a CPU, other kernels may be used.
+    channels = 256 if size == (40, 26) and name not in NARROW else WIDTH  # images are processed one at a time
     module, before = build(name, channels).eval(), torch.get_num_threads()
     x = torch.randn(2, channels, *size)
     exact = copy.deepcopy(module).double()(x.double()).detach()
@@ -181,7 +181,7 @@ def test_gradcheck(name):
 def test_every_parameter_gets_a_gradient(name):
     module = build(name, awake=False, **WITH_PARAMETERS.get(name, {})).eval()
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
-    # The sum alone can be blind: after a normalisation it does not depend on what was normalised.
+    # The gradient of the sum alone can be zero: after a normalisation it does not depend on the input.
     x, weight = torch.randn(2, 4, WIDTH, 15, 22)
 
     def idle():
@@ -304,7 +304,7 @@ BAD = [  # mechanism, options, what the message must say: the value, and what wo
     ("ge", {"variant": "theta*"}, r"theta\*.*theta-"),
     ("ge", {"extent": 3}, "extent=3.*power of two"),
     ("ge", {"variant": "theta"}, "theta.*size="),
-    ("ge", {"size": 7}, "size=7.*no use"),
+    ("ge", {"size": 7}, "size=7.*not used"),
     ("ge", {"variant": "theta+","size": (7,0)}, "width=0.*positive"),
     ("ge", {"reduction": 0}, "reduction=0.*positive"),
     ("sk", {"groups": 5}, "channels=32.*groups=5.*groups=1"),

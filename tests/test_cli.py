@@ -1,4 +1,4 @@
-"""The command line: a whole run and a whole sweep in a small book of its own, and what mistakes are told."""
+"""The command line: a complete run and sweep in a small book of its own, and messages for wrong arguments."""
 
 import json
 import os
@@ -8,13 +8,15 @@ import subprocess
 import sys
 
 import nbformat
+import psutil
 import pytest
 from conftest import ROOT
 from filelock import FileLock
+from jupyter_core.utils import run_sync
 
 from scsa_book import cli
 from scsa_book.paths import KEEP_MEMORY
-from scsa_book.training.config import Execution, RunConfig, configure, from_notebook
+from scsa_book.training.config import Execution, RunConfig, configure
 from scsa_book.training.result import load_result
 
 TINY = {"train_images": 128, "test_images": 30, "batch_size": 32, "epochs": 1, "warmup_epochs": 0}
@@ -30,7 +32,7 @@ pair:
 
 
 def scsa_book(*arguments, cwd, **environment):
-    "The command in a process of its own, as a person types it."
+    "The command in a process of its own, as typed in a shell."
     command = [sys.executable, "-m", "scsa_book.cli", *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
@@ -76,7 +78,7 @@ def test_a_sweep_makes_what_it_can_and_reports_the_rest(swept, book):
     bad = configure("sample", **TINY, lr=1e30).id
     assert swept.returncode == 1
     assert swept.stdout.startswith("pair: 2 runs, 0 finished\n")
-    assert re.search(rf"\[\d/2\] {good}  top1 [\d.]+ %  top5 [\d.]+ %  of 30 pictures", swept.stdout)
+    assert re.search(rf"\[\d/2\] {good}  top1 [\d.]+ %  top5 [\d.]+ %  of 30 images", swept.stdout)
     assert re.search(rf"\[\d/2\] failed: {bad}: the loss became nan at step 2 of epoch 1", swept.stdout)
     assert swept.stderr == f"scsa-book: 1 of 2 runs failed: {bad}\n"
     names = sorted(path.name for path in (book / "nbs" / "results" / "sample").iterdir())
@@ -136,24 +138,26 @@ def test_again_repeats_it(swept, inside, monkeypatch, capsys):
     assert code == 0 and given["again"] is True and "finished before" not in out
 
 
-def test_a_whole_run_prints_one_line(book):
+def test_a_whole_run_prints_one_line(inside, capsys):
+    book = inside
     words = [f"-p{name}={value}" for name, value in {**TINY, "attention": "scsa", "seed": 1}.items()]
-    done = scsa_book("run", "classify", *words, cwd=book)
+    code, out, err = said(capsys, "run", "classify", *words)
     config = configure("sample", attention="scsa", seed=1, **TINY)
-    assert done.returncode == 0 and done.stdout.count("\n") == 1 and done.stdout.startswith(config.id)
-    assert "epoch 1/1  train_loss" in done.stderr and "Traceback" not in done.stderr
+    assert code == 0 and out.count("\n") == 1 and out.startswith(config.id)
+    assert "epoch 1/1  train_loss" in err and "Traceback" not in err
     folder = book / "nbs" / "results" / "sample"
     assert (folder / f"{config.id}.json").is_file() and (folder / f"{config.id}.ipynb").is_file()
     assert not (book / ".cache" / "runs" / config.id / "notebook.ipynb").exists()
 
 
-def test_a_run_without_its_data_says_what_is_missing(book, tmp_path):
-    done = scsa_book("run", "classify", "-p", "dataset=folder:birds", "--data-root", str(tmp_path), cwd=book)
-    assert done.returncode == 2 and done.stdout == ""
-    line = done.stderr.splitlines()[-1]
+def test_a_run_without_its_data_says_what_is_missing(inside, tmp_path, capsys):
+    words = ("-p", "dataset=folder:birds", "--data-root", str(tmp_path))
+    code, out, err = said(capsys, "run", "classify", *words)
+    assert code == 2 and out == ""
+    line = err.splitlines()[-1]
     assert line.startswith("scsa-book: folder-birds_resnet8_baseline_seed0")
-    assert f"no folder `train`: {tmp_path}/birds. A folder of pictures has train/CLASS" in line
-    assert "Traceback" not in done.stderr
+    assert f"no folder `train`: {tmp_path}/birds. A folder of images has train/CLASS" in line
+    assert "Traceback" not in err
 
 
 def test_a_run_that_another_process_is_at_is_refused_at_once(inside, capsys):
@@ -218,47 +222,50 @@ def test_stopping_by_hand_is_no_traceback(inside, capsys, monkeypatch):
     assert said(capsys, "run", "classify", "-p", "seed=97") == (130, "", "")
 
 
-def test_the_kernel_of_a_run_keeps_memory(inside, monkeypatch):
-    "What is set stays, and nothing stays set."
-    import papermill
-
-    class Started(Exception):
-        pass
-
-    def start(*args, **kwargs):
-        raise Started({name: os.environ.get(name) for name in KEEP_MEMORY})
-
-    monkeypatch.setattr(papermill, "execute_notebook", start)
+def test_a_kernel_is_ready_for_a_run_keeps_memory_and_ends_with_the_block(tmp_path, monkeypatch):
+    "Variables that are set keep their values, and the others are unset again afterwards."
     one, other = KEEP_MEMORY
     monkeypatch.setenv(one, "1")
     monkeypatch.delenv(other, raising=False)
-    config, execution = from_notebook({"task": "classify", "preset": "sample"})
-    with pytest.raises(Started) as seen:
-        cli.execute("classify", {}, config, execution)
-    assert seen.value.args[0] == {one: "1", other: KEEP_MEMORY[other]}
+    code = "import sys; print(sorted({'torch', 'scsa_book.explain.runs'} & set(sys.modules)))"
+    found = {}
+    with pytest.raises(ZeroDivisionError), cli.kernel(tmp_path) as kernel:
+        process = psutil.Process(kernel.provisioner.pid)
+        environment, folder = process.environ(), process.cwd()
+        client = kernel.client()
+        client.start_channels()
+        run_sync(client.wait_for_ready)(timeout=120)
+        aggregate = lambda message: found.update(message["content"])  # noqa: E731
+        run_sync(client.execute_interactive)(code, timeout=60, output_hook=aggregate)
+        client.stop_channels()
+        raise ZeroDivisionError
+    assert found["text"] == "['scsa_book.explain.runs', 'torch']\n"
+    assert {name: environment[name] for name in KEEP_MEMORY} == {one: "1", other: KEEP_MEMORY[other]}
+    assert folder == str(tmp_path) and not process.is_running()
     assert os.environ[one] == "1" and other not in os.environ
 
 
-def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(book):
+def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(inside, capsys):
+    book = inside
     # SIGTERM reaches this command alone; the training is in a process that it has started.
-    words = [f"{name}={value}" for name, value in {**TINY, "epochs": 40, "seed": 5}.items()]
+    many = {**TINY, "epochs": 15, "seed": 5}
+    words = [f"{name}={value}" for name, value in many.items()]
     parameters = [word for pair in words for word in ("-p", pair)]
     command = [sys.executable, "-m", "scsa_book.cli", "run", "classify", *parameters]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=book, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
-    assert any(line.startswith("epoch 2/40") for line in process.stderr)
+    assert any(line.startswith("epoch 2/15") for line in process.stderr)
     process.terminate()
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
-    assert re.search(r"asked to leave after \d+ epochs; the same call goes on from there", err)
-    done = scsa_book("run", "classify", *parameters, cwd=book)
-    assert done.returncode == 0, done.stderr
-    config = configure("sample", **{**TINY, "epochs": 40, "seed": 5})
-    result = load_result(book / "nbs" / "results" / "sample" / f"{config.id}.json")
-    assert result.starts == 2 and [e.epoch for e in result.epochs] == [*range(1, 41)]
+    assert re.search(r"terminated after \d+ epochs; the same call resumes there", err)
+    code, _, err = said(capsys, "run", "classify", *parameters)
+    assert code == 0, err
+    result = load_result(book / "nbs" / "results" / "sample" / f"{configure('sample', **many).id}.json")
+    assert result.starts == 2 and [e.epoch for e in result.epochs] == [*range(1, 16)]
 
 
-# ---- what there is
+# ---- lists
 
 
 def test_list_names_everything_and_the_finished_runs(swept, inside, capsys):

@@ -43,7 +43,7 @@ def result(config, value, seed=0):
 
 
 def results_of(name, values, seeds=(0, 1, 2)):
-    "Results of the rows of an experiment, each its mean plus the luck of the seed; `values` by row number."
+    "Results of the rows of an experiment: the row's mean plus a value for the seed; `values` by row number."
     rows = co.compare(name, results=[]).rows
     return [result(rows[i].config, mean + NOISE[s], s) for i, mean in values.items() for s in seeds]
 
@@ -98,7 +98,7 @@ def experiment_of(source, number):
 
 
 def printed_row(cell):
-    "What a run needs to be that of a cell."
+    "The parameters that the run of a cell needs."
     method = None if cell.method == "baseline" else cell.method
     return (*planned.setting(cell).values(), method, planned.label(cell))
 
@@ -228,7 +228,7 @@ def test_only_seeds_that_both_have_are_compared():
 
 @pytest.mark.parametrize(
     ("differences", "said"),
-    [([1.0, 1.1, 0.9], "above"), ([-1.0, -1.1, -0.9], "below"), ([1.0, -1.1, 0.9], "not distinguishable")],
+    [([1.0, 1.1, 0.9], "above"), ([-1.0, -1.1, -0.9], "below"), ([1.0, -1.1, 0.9], "inconclusive")],
 )
 def test_a_reading_is_that_of_the_interval(differences, said):
     assert co.reading(summarise(differences)) == said
@@ -318,13 +318,13 @@ def test_the_table_has_a_line_for_every_row_of_the_plan():
 
 
 def test_a_sentence_says_no_more_than_the_intervals():
-    assert co.sentence(co.compare("bccd", results=[])) == "Nothing can be said yet."
+    assert co.sentence(co.compare("bccd", results=[])) == "There is no conclusion yet."
     found = results_of("bccd", {0: 20.0, 1: 22.0, 2: 18.0})
     unsure = co.compare("bccd", results=[]).rows[3].config
     found += [result(unsure, 20 + x, s) for s, x in enumerate((3.0, -3.0, 0.1))]
     assert co.sentence(co.compare("bccd", results=found)) == (
-        "On this test set, with this recipe: SE is above the plain network; SCSA is below the plain "
-        "network; these runs cannot tell CAT from the plain network."
+        "On this test split, with this recipe: SE is above the plain network; SCSA is below the plain "
+        "network; these runs do not distinguish CAT from the plain network."
     )
     ablation = co.compare("scsa-ablation", results=results_of("scsa-ablation", {0: 30.0, 1: 28.0, 2: 28.0}))
     assert co.sentence(ablation).endswith("recipe: without-smsa and without-pcsa are below scsa.")
@@ -394,9 +394,10 @@ def show(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_say_that_nothing_has_run(show, page):
     shown = show(page)
-    assert "above</span>" not in shown and "below</span>" not in shown and "cannot tell</span>" not in shown
+    readings = ("above", "below", "inconclusive")
+    assert not any(f"{reading}</span>" in shown for reading in readings)
     if page == "report":
-        assert "`scsa-book sweep cifar100`: 51 runs have not been made." in shown and "251 come out" in shown
+        assert "`scsa-book sweep cifar100`: 51 runs are missing." in shown and "251 are reproduced" in shown
     else:
         assert "**None of the" in shown and "nothing was spent" in shown
 
@@ -405,7 +406,7 @@ def test_the_page_of_cifar100_with_some_results(show):
     shown = show("cifar100", results_of("cifar100", {0: 28.0, 1: 25.0, 16: 28.5}, (0, 1)))
     assert "**45 of 51 planned runs are missing**" in shown and "6 runs, 0:06:06" in shown
     assert "16 comparisons are planned and 2 have an interval" in shown
-    assert "**Before the last convolution.** On this test set" in shown
+    assert "**Before the last convolution.** On this test split" in shown
 
 
 def test_the_page_of_ablations_with_some_results(show):
@@ -415,12 +416,12 @@ def test_the_page_of_ablations_with_some_results(show):
 
 
 def test_the_page_of_scenes_shows_differences_of_differences(show):
-    # SE adds 1 in large lit scenes (rows 0, 1) and 3 in small dark ones (rows 12, 13); nothing else was run.
+    # SE adds 1 in large bright scenes (rows 0, 1) and 3 in small dark ones (rows 12, 13); no others were run.
     name = "scenes-size-brightness"
     found = results_of(name, {0: 20.0, 1: 21.0, 12: 5.0, 13: 8.0})
     wobble = [result(r.config, r.final["AP"] + 0.01 * r.config.seed, r.config.seed) for r in found[3:6]]
     shown = show("scenes", [*found[:3], *wobble, *found[6:]])
-    more = entries(re.search(r'aria-label="Gain in harder.*?</table>', shown, re.S)[0])
+    more = entries(re.search(r'aria-label="Gain in difficult.*?</table>', shown, re.S)[0])
     assert [row[-1] for row in more].count("not run") == 8
     [line] = [row for row in more if row[-1] != "not run"]
     assert line[:3] == ["SE", "small and dark", "+1.99"] and line[-1] == "above"

@@ -1,4 +1,4 @@
-"""The data sets and the order of their pictures: right when they are there, clear when they are not."""
+"""Datasets and the order of their images: correct contents, and clear errors for missing or damaged files."""
 
 import errno
 import gzip
@@ -28,7 +28,7 @@ def draw(dataset, *indices, seed=0):
     return dataset[BatchIndices(torch.tensor(indices), seed)]
 
 
-# ---- places
+# ---- paths
 
 
 def test_the_book_is_found_from_inside_and_around_the_package(tmp_path, monkeypatch):
@@ -57,7 +57,7 @@ def test_the_data_root_is_the_option_else_the_environment(tmp_path, monkeypatch)
 
 @pytest.fixture
 def sample(tmp_path):
-    "A copy of the sample that may be harmed."
+    "A copy of the sample that tests may damage."
     return shutil.copytree(ROOT / "data" / "fashion-mnist", tmp_path / "fashion-mnist")
 
 
@@ -118,7 +118,7 @@ def test_a_figure_needs_neither_torchvision_nor_lightning():
     assert done.stdout.strip() == "set()"
 
 
-# ---- sets
+# ---- datasets
 
 
 def test_mean_and_deviation_are_those_of_the_training_images():
@@ -178,7 +178,7 @@ def test_the_generator_comes_back_after_an_error():
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    "Files in CIFAR-100's format with a few random pictures, and torchvision's sums made theirs."
+    "Files in CIFAR-100's format with a few random images, and torchvision's checksums patched to match."
     folder, generator = tmp_path / CIFAR100.base_folder, np.random.default_rng(0)
     folder.mkdir()
 
@@ -244,12 +244,12 @@ def test_a_download_that_fails_says_where_to_get_it(tmp_path, monkeypatch):
         load_dataset("cifar100")
 
 
-# ---- folders of pictures
+# ---- folders of images
 
 
 @pytest.fixture
 def birds(tmp_path):
-    "ImageNet's layout with two classes; grey, colour and transparent pictures of different sizes."
+    "ImageNet's layout with two classes; grey, colour and transparent images of different sizes."
     shapes = {"a.png": ("L", (40, 30)), "b.jpg": ("RGB", (300, 400)), "c.png": ("RGBA", (224, 224))}
     for half in ("train", "val"):
         for shade, name in ((10, "finch"), (200, "wren")):
@@ -307,7 +307,7 @@ def harmed(birds, harm):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        ("empty", "no folder `train`: .*birds. A folder of pictures has train/CLASS"),
+        ("empty", "no folder `train`: .*birds. A folder of images has train/CLASS"),
         ("no classes", "no class folders: .*train. A folder"),
         ("no pictures", "no pictures of class `wren`: .*val/wren"),
         ("one class less", "train and val differ: wren"),
@@ -332,7 +332,7 @@ def test_a_folder_needs_a_data_root(monkeypatch):
         load_dataset("imagenet")
 
 
-# ---- the order of the pictures
+# ---- the order of the images
 
 
 SIZES = {"total": st.integers(1, 200), "batch": st.integers(2, 50), "world": st.integers(1, 4)}

@@ -1,4 +1,4 @@
-"""Detectors: torchvision's names and results, the published counts, and what a wrong target says."""
+"""Detectors: torchvision's names and results, the published counts, and the errors for wrong targets."""
 
 import copy
 import math
@@ -136,7 +136,7 @@ def test_counts_of_torchvision(name, classes, norm, expected):
     ],
 )
 def test_trainable_counts_of_mmdetection_1(name, backbone, attention, expected):
-    # What the SA-Net slides print: stem and first stage without gradient, their attention too.
+    # The counts of the SA-Net slides: stem and first stage frozen, including their attention.
     detector = on_paper(name, backbone=backbone, attention=attention, layout="mmdet1", frozen_stages=1)
     assert parameters(detector, trainable=True) == expected
 
@@ -155,7 +155,7 @@ def test_trainable_counts_of_mmdetection_1(name, backbone, attention, expected):
     ],
 )
 def test_what_attention_adds(attention, options, position, deltas):
-    # With these options the SCSA paper's parameter cells come out; retinanet stands for all four.
+    # These options reproduce the SCSA paper's parameter cells; retinanet represents all four.
     asked = {"attention": attention, "options": options, "position": position, "layout": "mmdet3"}
     bases = {"resnet50": 37_968_692, "resnet101": 56_960_820}
     for (backbone, base), delta in zip(bases.items(), deltas, strict=False):
@@ -202,7 +202,7 @@ def pyramid_macs(name, height, width, classes=80, proposals=1000, masks=100, cha
     head = 49 * channels * 1024 + 1024**2 + 1024 * (classes + 1 + boxes)
     macs += proposals * head * (3 if name == "cascade_rcnn" else 1)
     if name == "mask_rcnn":
-        # four convolutions on 14x14, four products a place for the 2x2 upsampling, one score a class
+        # four convolutions on 14x14, four products per position for the 2x2 upsampling, one logit per class
         macs += masks * (4 * square * 196 + 4 * c2 * 196 + channels * classes * 784)
     return macs
 
@@ -355,7 +355,7 @@ def test_labels_begin_with_one_in_every_layout_of_retinanet():
         head = detector.head.classification_head
         scored = head.num_classes
         assert scored == (4 if detector is ours else 3)
-        with torch.no_grad():  # every anchor is sure of the last class
+        with torch.no_grad():  # every anchor predicts the last class with certainty
             head.cls_logits.weight.zero_()
             head.cls_logits.bias.fill_(-20.0).view(9, scored)[:, -1] = 3.0
         with torch.no_grad():
@@ -441,7 +441,7 @@ def test_training_steps_find_the_boxes(name):
 
 
 def test_signals_of_narrow_heads_are_as_large_as_of_wide_ones():
-    # drawn for 256 channels: with 16 the four layers of RetinaNet pass 1/256 of it, and nothing is learnt
+    # initialised for 256 channels: with 16 the four layers of RetinaNet have a gain of 1/256 and do not learn
     spread = []
     for channels in (16, 256):
         torch.manual_seed(0)
@@ -505,7 +505,7 @@ def test_maps_pass_through_a_detector(name):
     images, _ = batch()
     maps = maps_of(detector, images)
     assert len(maps) == 8 == len(attentions(detector))
-    first = maps["backbone.body.layer1.0.conv2.attention"]
+    first = maps["backbone.body.layer1.0.attention.after_conv1"]
     assert first["height"].shape[:2] == (2, 8)
     assert detector.training
 
@@ -544,7 +544,7 @@ def test_regions_go_to_the_level_below_that_of_their_anchors():
     assert [int(c[1, 2] - c[1, 0]) for c in cells] == [32, 64, 128, 256, 512]
 
 
-# ---- what does not learn
+# ---- frozen parts
 
 
 def test_attention_in_chosen_blocks():
@@ -552,7 +552,7 @@ def test_attention_in_chosen_blocks():
     placed = {"attention": "non_local", "position": "after_block"}
     detector = on_paper("faster_rcnn", backbone="resnet50", **placed, blocks=five)
     blocks = ["layer2.1", "layer2.3", "layer3.1", "layer3.3", "layer3.5"]
-    assert list(attentions(detector)) == [f"backbone.body.{block}.attention" for block in blocks]
+    assert list(attentions(detector)) == [f"backbone.body.{block}.attention.after_block" for block in blocks]
     as_option = on_paper("faster_rcnn", backbone="resnet50", **placed, options={"blocks": five})
     assert list(attentions(as_option)) == list(attentions(detector))
 
@@ -620,7 +620,7 @@ def test_the_stages_are_those_of_the_paper():
 def test_refining_moves_a_box_by_its_correction():
     stage = head().stages[1]
     boxes = [torch.tensor([[10.0, 20.0, 30.0, 60.0]]), torch.tensor([[0.0, 0.0, 40.0, 40.0]])]
-    # centre by a tenth of the width, width by a factor of two; then out of the image
+    # centre by a tenth of the width, width by a factor of two; then beyond the image
     deltas = torch.tensor([[2.0, 0.0, 10 * math.log(2), 0.0], [-20.0, 0.0, 0.0, 0.0]]).repeat(1, 4)
     first, second = refine(stage, deltas.requires_grad_(), boxes, [(100, 100), (100, 100)])
     torch.testing.assert_close(first, torch.tensor([[2.0, 20.0, 42.0, 60.0]]))
@@ -630,7 +630,7 @@ def test_refining_moves_a_box_by_its_correction():
 
 
 class Nudge(nn.Module):
-    "A predictor that moves boxes right and is sure of one class, whatever it sees."
+    "A predictor that shifts boxes to the right and predicts one class, whatever its input."
 
     def __init__(self, shift, label, seen):
         super().__init__()
@@ -681,12 +681,12 @@ def test_a_stage_trains_on_what_the_one_before_has_made():
     target = {"boxes": truth, "labels": torch.tensor([1])}
     _, losses = cascade(levels, [torch.tensor([[10.0, 10.0, 30.0, 30.0]])], [(64, 64)], [target])
     ious = [box_iou(truth, boxes)[0].tolist() for boxes in given]
-    # one box each: the true one, which every stage is given besides, is not handed on
+    # one box each: the true box, which every stage adds, is not passed on
     expected = [[14 / 26], [16 / 24], [18 / 22]]
     assert ious == [pytest.approx(e, abs=1e-4) for e in expected]
     assert seen == [2, 2, 2]
     assert list(losses) == [f"loss_{kind}_{i}" for i in (1, 2, 3) for kind in ("classifier", "box_reg")]
-    # both boxes are objects for every stage, and each is equally sure: only the weights differ
+    # both boxes are positive for every stage, with equal confidence: only the weights differ
     plain = [float(losses[f"loss_classifier_{i}"]) for i in (1, 2, 3)]
     assert plain == [pytest.approx(plain[0] * w, rel=1e-4) for w in LOSSES]
 
@@ -703,7 +703,7 @@ def test_a_cascade_of_one_stage_is_a_head():
         torch.testing.assert_close(found[0][key], expected[0][key])
 
 
-# ---- what is refused
+# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -714,7 +714,7 @@ def test_a_cascade_of_one_stage_is_a_head():
         ({"num_classes": 2.0}, "num_classes=2.0 must be a positive integer"),
         ({"backbone": "resnet_50"}, "unknown network 'resnet_50'. Did you mean 'resnet50'"),
         ({"backbone": "mobilenet_v2"}, "backbone='mobilenet_v2'.*no stages layer1"),
-        ({"backbone": "resnet20"}, "backbone='resnet20' has 3 stages and a pyramid stands on 4"),
+        ({"backbone": "resnet20"}, "backbone='resnet20' has 3 stages; a pyramid needs 4"),
         ({"attention": "scas"}, "unknown attention 'scas'. Did you mean 'scsa'"),
         ({"attention": "se", "options": {"kernels": (3,)}}, "unknown option of se 'kernels'"),
         ({"options": {"reduction": 4}}, "options={'reduction': 4} without attention"),

@@ -1,4 +1,4 @@
-"""Annotated pictures and scenes: read as their formats say, and exact where they are made."""
+"""Annotated images and scenes: read according to their formats, and exact if they are synthetic."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def write(path, text):
     return path
 
 
-# ---- the embedded sets
+# ---- the embedded datasets
 
 
 def listed(name):
@@ -258,7 +258,7 @@ def voc_folder(folder, names=("p1",), split="trainval", text=None):
 
 def test_voc_counts_pixels_from_one(tmp_path):
     [p] = ann.read_voc(voc_folder(tmp_path), "trainval").images
-    assert p.boxes.tolist() == [[0, 0, 40, 30], [2, 3, 12, 23]], "a box of all pixels is the picture"
+    assert p.boxes.tolist() == [[0, 0, 40, 30], [2, 3, 12, 23]], "a box of all pixels is the image"
     assert p.labels.tolist() == [7, 6] and p.crowd.tolist() == [False, True]
 
 
@@ -481,7 +481,7 @@ def test_scenes_are_exact(options, index, split):
 
 
 def test_a_mask_is_where_the_image_changes():
-    "With the same random numbers but no garments, the picture differs exactly in the masks."
+    "With the same random numbers but no garments, the image differs exactly in the masks."
     options = SceneOptions(objects=6, overlap=0.5, noise=0)
     for index in range(10):
         s = scene(options, "train", index)
@@ -592,7 +592,7 @@ def test_a_split_of_another_name_is_refused():
 
 
 def test_scenes_are_quick():
-    "Five hundred a second of one core; a quarter of that is asked for, as tests share their machine."
+    "Five hundred scenes per second on one core; a quarter is required, as tests share their machine."
     options = SceneOptions()
     scene(options, "train", 0)
     start = time.process_time()
@@ -601,7 +601,7 @@ def test_scenes_are_quick():
     assert 100 / (time.process_time() - start) > 125
 
 
-# ---- sets
+# ---- datasets
 
 
 def test_scenes_come_as_torchvision_wants_them():
@@ -723,7 +723,8 @@ def test_the_fingerprint_is_of_images_and_objects(tmp_path):
 
 def test_the_fingerprint_of_scenes_is_of_their_options():
     one, other = (detection_dataset("scenes", scenes={"brightness": b}).fingerprint for b in (0.5, 0.4))
-    assert one != other and one == detection_dataset("scenes", scenes=SceneOptions(brightness=0.5)).fingerprint
+    given = detection_dataset("scenes", scenes=SceneOptions(brightness=0.5))
+    assert one != other and one == given.fingerprint
 
 
 def test_mean_and_deviation_of_scenes_are_those_of_the_facts():

@@ -275,7 +275,7 @@ def test_a_crooked_table_is_refused():
     ("printed", "exact", "status", "twice"),
     [
         ("25.62", "25.617448", "equal", False),
-        ("27.40", "27.43", "differs", False),  # the trailing zero is a claim
+        ("27.40", "27.43", "differs", False),  # the trailing zero is significant
         ("27.4", "27.43", "equal", False),
         ("27.40", "27.394836", "equal", True),  # 27.395, then 27.40
         ("3.51", "3.504872", "equal", True),
@@ -423,7 +423,7 @@ def sample_runs():
 
 @pytest.fixture
 def book(tmp_path):
-    "A book with nothing but experiments, results and the pages that read them."
+    "A book that has only experiments, results and the pages that read them."
     root = Path(ledger.__file__).parents[2]
     (tmp_path / "_quarto.yml").touch()
     (tmp_path / "nbs/runs").mkdir(parents=True)
@@ -587,7 +587,7 @@ def test_the_papers_own_scale_gives_a_verdict(values, parameters, status):
     given = dict(preset="paper", paper="scsa", dataset="imagenet", network="resnet50", train_images=1_281_167)
     runs = [finished("scsa", seed, v, parameters, **given) for seed, v in enumerate(values)]
     assert top1(runs).status == status
-    # a larger experiment of another scale does not push the paper's own aside
+    # a larger experiment at another scale does not replace the paper's own
     other = finished("scsa", 0, 50.0, preset="gpu", train_images=10**9)
     assert top1([*runs, other]).status == status
 
@@ -615,7 +615,7 @@ def test_results_are_read_from_the_book(book, monkeypatch):
 
 @pytest.fixture
 def show(book, monkeypatch):
-    "Runs the cells of a page in its folder and gives back all that it shows."
+    "Runs the cells of a page in its folder and returns all of its outputs."
     monkeypatch.chdir(book / "nbs/results")
     shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
 
@@ -652,8 +652,8 @@ def test_the_comparison_says_no_more_than_its_intervals(book, show):
     keep_results(book, sample_runs())
     shown = show("classification")
     assert shown.splitlines()[-1] == (
-        "On this test set, with this recipe: SCSA is above the plain network; "
-        "CBAM is below the plain network; these runs cannot tell SE from the plain network."
+        "On this test split, with this recipe: SCSA is above the plain network; "
+        "CBAM is below the plain network; these runs do not distinguish SE from the plain network."
     )
     # difference 3.0, 3.1, 3.0: mean 3.033, standard deviation 0.0577, times 4.303 / sqrt(3)
     assert "+3.03 ± 0.14" in shown and "77,000" in shown and "80.03 ± " in shown

@@ -1,4 +1,4 @@
-"""What holds on a GPU too. Where PyTorch sees none, these tests are skipped and say so."""
+"""Properties that also hold on a GPU. Without one, these tests are skipped and say so."""
 
 import copy
 
@@ -20,7 +20,7 @@ FAST = {"precision": "bf16-mixed", "channels_last": True}
 
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch):
-    "Products of single precision, as on a CPU: TF32 keeps ten bits."
+    "Products in full single precision, as on a CPU: TF32 has ten bits of mantissa."
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -40,7 +40,7 @@ def step(module, x):
 
 
 def assert_close(ours, theirs, bound):
-    "All of ours within `bound` of theirs, as a share of the largest value."
+    "All of ours within `bound` of theirs, relative to the largest value."
     for a, b in zip(ours, theirs, strict=True):
         assert (a.cpu() - b.cpu()).abs().max() <= bound * b.abs().max().cpu()
 

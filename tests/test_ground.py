@@ -1,4 +1,4 @@
-"""What the project says of itself agrees with itself, and the core stands alone."""
+"""The project's metadata are consistent, and the core has no further dependencies."""
 
 import re
 import subprocess

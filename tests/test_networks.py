@@ -31,7 +31,7 @@ from scsa_book.networks.placement import (
     maps_of,
     reconnect,
 )
-from scsa_book.networks.sites import BLOCKS, matches, positions, spots
+from scsa_book.networks.sites import BLOCKS, matches, positions, placements
 from scsa_book.networks.small import resnet50_small, resnet101_small, small_resnet
 from scsa_book.networks.small_mobile import mobilenetv2_small, shufflenetv2_small
 
@@ -234,10 +234,10 @@ def test_block_computes_what_a_hand_written_one_does(kind, role, attention):
 
 
 def test_default_position_is_the_registered_one():
-    expected = {"se": "bn2", "cbam": "bn2", "scsa": "conv2"}
-    for attention, child in expected.items():
+    expected = {"se": "after_conv2", "cbam": "after_conv2", "scsa": "after_conv1"}
+    for attention, position in expected.items():
         network = attend(small_resnet(8, 10), attention)
-        blocks = [f"layer{i}.0.{child}.attention" for i in (1, 2, 3)]
+        blocks = [f"layer{i}.0.attention.{position}" for i in (1, 2, 3)]
         assert list(attentions(network)) == blocks, attention
 
 
@@ -258,9 +258,9 @@ def test_after_a_block_means_after_all_of_it(kind):
     torch.manual_seed(0)
     stock = shake(HAND[kind][0]()).eval()
     network = attend(copy.deepcopy(stock), "se", position="after_block", reduction=4)
-    assert list(attentions(network)) == ["attention"]
+    assert list(attentions(network)) == ["attention.after_block"]
     x = torch.randn(2, 32, 9, 7)
-    assert torch.allclose(network(x), network.attention(stock(x)), atol=1e-6)
+    assert torch.allclose(network(x), network.attention.after_block(stock(x)), atol=1e-6)
     assert not torch.allclose(network(x), stock(x), atol=1e-3)
 
 
@@ -302,12 +302,12 @@ def test_stages():
     }
     for network in (on_paper(models.resnet18), on_paper(timm.create_model, "resnet18")):
         for position, blocks in expected.items():
-            assert {n: s.channels for n, s in spots(network, position).items()} == blocks
+            assert {n: s.channels for n, s in placements(network, position).items()} == blocks
     shuffle = on_paper(build, "shufflenet_v2_x1_0", 10)
-    assert list(spots(shuffle, "between_stages")) == ["stage2.3", "stage3.7"]
+    assert list(placements(shuffle, "between_stages")) == ["stage2.3", "stage3.7"]
     small = small_resnet(8, 10)
-    assert list(spots(small, "between_stages")) == ["layer1.0", "layer2.0"]
-    assert list(spots(small, "after_last_stage")) == ["layer3.0"]
+    assert list(placements(small, "between_stages")) == ["layer1.0", "layer2.0"]
+    assert list(placements(small, "after_last_stage")) == ["layer3.0"]
     assert "between_stages" not in positions(on_paper(models.mobilenet_v2))
 
 
@@ -319,7 +319,7 @@ def test_a_head_on_a_dilated_network():
     assert before.shape == (1, 2048, 4, 4)
     attend(body, "danet_position", position="after_last_stage")
     [(name, head)] = attentions(body).items()
-    assert name == "layer4.2.attention"
+    assert name == "layer4.2.attention.after_block"
     nn.init.ones_(head.gamma)  # it starts as the identity
     assert torch.allclose(body(x)["out"], head(before), atol=1e-5)
     assert not torch.allclose(body(x)["out"], before)
@@ -331,12 +331,13 @@ def test_every_row_of_the_table_exists_in_a_network():
         on_paper(models.resnet18),
         on_paper(models.resnet50),
         on_paper(models.mobilenet_v2),
+        on_paper(models.mobilenet_v3_large),
         on_paper(models.shufflenet_v2_x1_0),
         on_paper(timm.create_model, "mobilenetv2_100"),
     ]
     kinds = dict(BLOCKS)
     blocks = [m for net in networks for m in net.modules() if type(m).__name__ in kinds]
-    used = {(type(b).__name__, *spots(b, "before_add")) for b in blocks}
+    used = {(type(b).__name__, *placements(b, "before_add")) for b in blocks}
     ends = {n: [s.child for s in sites.values() if s.role == "before_add"] for n, sites in BLOCKS}
     assert set(ends) == {name for name, _ in used}
     assert used == {
@@ -395,7 +396,7 @@ def test_patterns(patterns, expected):
 def test_chosen_blocks_only():
     network = on_paper(models.mobilenet_v2)
     attend(network, "scsa", blocks="!features.1")  # without the block of expansion 1
-    assert "features.1.conv.1.attention" not in attentions(network)
+    assert "features.1.attention.before_projection" not in attentions(network)
     assert len(attentions(network)) == 16
 
 
@@ -458,7 +459,7 @@ def test_nothing_is_inserted_when_a_late_block_fails():
     network = nn.Sequential(BasicBlock(16, 16), BasicBlock(6, 6))  # 6 do not divide by SCSA's 4 groups
     error = message(attend, network, "scsa")
     assert "1.conv2" in error and "6" in error
-    assert not attentions(network) and not hasattr(network[0].conv2, "attention")
+    assert not attentions(network) and type(network[0]) is BasicBlock
 
 
 def test_a_layer_that_holds_attention_is_not_replaced():
@@ -495,7 +496,7 @@ def test_channels_are_looked_up_with_an_example():
     assert [m.channels for m in attentions(network).values()] == [16, 32, 64]
     assert all(torch.equal(network.state_dict()[k], v) for k, v in before.items())  # no statistics moved
     assert network.training and all(m.training for m in network.modules())
-    assert "layer1.0.attention" in attentions(network)
+    assert "layer1.0.attention.after_block" in attentions(network)
     network(torch.randn(2, 3, 32, 32))
 
 
@@ -509,7 +510,7 @@ def test_attention_at_a_container_is_called_once():
             self.calls += 1
             return x
 
-    for side, name in (("after", "layer2.0.attention"), ("before", "layer2.0.attention")):
+    for side, name in (("after", "layer2.0.attention.after_block"), ("before", "layer2.0.attention.before_block")):
         network = tiny()
         example = torch.randn(2, 3, 32, 32)
         attend_modules(network, "layer2", lambda channels: Count(), side=side, example=example)
@@ -532,7 +533,7 @@ def test_own_modules_and_their_options():
     conv = network.layer2[0].conv1
     assert conv.attention.scale.dtype == torch.float64
     x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
-    assert torch.allclose(conv(x), nn.functional.conv2d(x / 2, conv.weight, stride=2, padding=1))
+    assert torch.allclose(conv(x), nn.functional.conv2d(x / 2, conv.layer.weight, stride=2, padding=1))
 
 
 @pytest.mark.parametrize(
@@ -654,7 +655,7 @@ def test_what_does_not_fit_is_named_and_nothing_loads(spoil, words):
 @pytest.mark.parametrize("given", [models.resnet18(), "resnet18.pth"])
 def test_what_is_no_state_dict(given):
     error = message(load_stock, models.resnet18(), given)
-    assert type(given).__name__ in error and "model.state_dict()" in error and "torch.load(path)" in error
+    assert type(given).__name__ in error and "model.state_dict()" in error and "read_weights(path)" in error
 
 
 def test_the_error_of_a_part_says_how_to_load_the_whole():
@@ -767,17 +768,9 @@ def test_stock_weights_are_those_of_the_seed():
     assert all(torch.equal(placed[k], v) for k, v in stock.items())
 
 
-def test_a_conversion_that_drops_the_hooks_is_noticed_and_mended():
-    network = shake(tiny("se")).eval()
-    x = torch.randn(2, 3, 16, 16)
-    expected = network(x)
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    assert not torch.allclose(converted(x), expected, atol=1e-3)
-    with pytest.raises(RuntimeError, match=r"layer1\.0\.bn2.*reconnect"):
-        attentions(converted)
-    assert reconnect(converted) == [f"layer{i}.0.bn2" for i in (1, 2, 3)]
-    assert reconnect(converted) == []
-    assert torch.equal(converted(x), expected)
+def test_the_repair_of_hooks_is_not_needed_and_says_so():
+    with pytest.warns(DeprecationWarning, match="does nothing"):
+        assert reconnect(tiny("se")) == []
 
 
 def test_maps_of_recombine_to_what_the_module_does():

@@ -1,4 +1,4 @@
-"""The notebooks are the source: what nbdev, papermill and a reader need of them."""
+"""The notebooks are the source: requirements of nbdev, papermill and readers."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ def sources(path, kind="code"):
     return [reader.text(cell) for cell in cells_of(path, kind)]
 
 
-# ---- the library is what the notebooks say
+# ---- the library is the export of the notebooks
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,12 @@ def test_a_notebook_that_exports_says_where_to(path):
 
 @EACH
 def test_nothing_stands_above_a_directive(path):
-    # nbdev reads directives from the top of a cell and passes over those below a comment without a word.
+    # nbdev reads directives from the top of a cell and silently ignores those below a comment.
     late = [s for s in sources(path) if re.search(r"^#\|", reader.split_head(s)[1], re.M)]
     assert late == []
 
 
-# ---- what a reader gets
+# ---- for readers
 
 
 @EACH

@@ -1,4 +1,4 @@
-"""Pages of evidence: growth of costs, what several papers print, and the tables of all three papers."""
+"""Pages of evidence: growth of costs, quantities in several papers, and the tables of all three papers."""
 
 import ast
 import re
@@ -71,7 +71,7 @@ def test_an_axis_is_width_or_side():
         scaling.scaled((8, 3, 5), "height", 2)
 
 
-# ---- what several papers print
+# ---- quantities in several papers
 
 
 def printed(source, value, metric="top1", method="se"):

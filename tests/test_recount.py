@@ -1,13 +1,18 @@
-"""The recount: conventions, spellings, and every cost of the tables against independent counts."""
+"""The recount: conventions, implementations, and every cost of the tables against independent counts."""
 
 import re
+import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from decimal import Decimal
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from test_cli import said
 from torch import nn
 from torch.nn import functional as F
@@ -220,9 +225,9 @@ def test_closed_forms_of_the_detectors(kind):
     assert tuple(found) == DETECTORS[kind]
 
 
-# ---- spellings
+# ---- implementations
 
-BARE = {  # parameters that no layer holds: channels -> how many
+BARE = {  # parameters outside of layers: channels -> number
     "sa": lambda c: 4 * (c // 128),
     "sge": lambda c: 128,
     "cat": lambda c: 8,
@@ -274,7 +279,8 @@ def test_an_implementation_adds_its_own_cost_and_no_more():
 
 
 def test_fca_pools_maps_of_another_size_than_its_cosines():
-    at = {side: macs(CountedImplementation(implementations.fca), (512, side, side), TRACE) for side in (28, 56)}
+    fca = CountedImplementation(implementations.fca)
+    at = {side: macs(fca, (512, side, side), TRACE) for side in (28, 56)}
     assert at == {28: 2 * 512 * 32, 56: 2 * 512 * 32 + 512 * 56 * 56}
 
 
@@ -441,7 +447,7 @@ def test_flops_as_with_the_authors_modules(name, giga):
     assert abs(Decimal(entry.count) / unit - Decimal(giga)) <= last * Decimal("0.6")
 
 
-# ---- what was fitted
+# ---- fitted quantities
 
 
 def with_form(pattern, cell, **changes):
@@ -544,12 +550,13 @@ def test_networks_are_built_without_weights():
 
 
 def test_matrix_work_alone_does_not_depend_on_how_a_mean_is_written():
-    by_layer, by_function = (CountedImplementation(partial(implementations.se, pools=p)) for p in ((AVERAGE,), ()))
+    written = (partial(implementations.se, pools=p) for p in ((AVERAGE,), ()))
+    by_layer, by_function = map(CountedImplementation, written)
     assert macs(by_layer, (64, 9, 9), MATRIX) == macs(by_function, (64, 9, 9), MATRIX) == 2 * 64 * 4
     assert registry.create("se", 64, bias=False).reduce.weight.numel() == 64 * 4
 
 
-# ---- what is kept
+# ---- the cache
 
 
 def test_every_cost_is_kept_and_nothing_else():
@@ -584,12 +591,13 @@ def test_changes_are_named():
     other = replace(stored[name], count=28_071_976, status="differs")
     [line] = ledger.changes(stored, {name: other})
     assert line == f"{name}: count 28073864 is now 28071976, status equal is now differs"
-    assert ledger.changes({}, {name: other}) == [f"{name}: not kept yet, differs"]
+    assert ledger.changes({}, {name: other}) == [f"{name}: not cached yet, differs"]
 
 
 def test_what_is_written_is_read(tmp_path, monkeypatch):
     before = ledger.stored()
     monkeypatch.setattr(ledger, "STORED", tmp_path / "verdicts.csv")
+    monkeypatch.setattr(ledger, "STAMP", tmp_path / "verdicts.digest")
     ledger.stored.cache_clear()
     assert ledger.write(before) == tmp_path / "verdicts.csv"
     assert ledger.stored() == before
@@ -599,6 +607,7 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
 
 
 def subset(monkeypatch):
+    monkeypatch.setattr(ledger, "is_current", lambda: False)
     wanted = ledger.costs(source="scsa", table="IV", backbone="mobilenetv2", method="baseline")
     monkeypatch.setattr(ledger, "costs", lambda: wanted)
     return wanted
@@ -617,12 +626,94 @@ def test_the_command_fails_when_a_count_has_changed(monkeypatch, capsys):
 def test_the_command_writes(monkeypatch, capsys, tmp_path):
     subset(monkeypatch)
     monkeypatch.setattr(ledger, "STORED", tmp_path / "verdicts.csv")
+    monkeypatch.setattr(ledger, "STAMP", tmp_path / "verdicts.digest")
     code, out, _ = said(capsys, "ledger", "--write")
     assert code == 0 and "nothing has changed" in out and "written: " in out
     assert len((tmp_path / "verdicts.csv").read_text().splitlines()) == 3
 
 
-def test_every_cost_again(capsys):
+# ---- a recount is not made again while what it depends on is the same
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    "A copy of the library, and the digest that it has."
+    shutil.copytree(ROOT / "scsa_book", tmp_path / "scsa_book")
+    folder = tmp_path / "scsa_book"
+    before = ledger.counted_from(folder)
+    assert before == ledger.counted_from()
+    return folder, before
+
+
+CHANGES = {  # a file -> a change of what it means
+    "attention/se.py": (".sigmoid()", ".relu()"),
+    "networks/fpn.py": ("def ", "async def "),
+    "pooling.py": ("0", "1"),
+    "evidence/conventions.py": ("2 *", "3 *"),
+    "evidence/implementations.py": ("1", "2"),
+    "evidence/recount.py": ('("scsa", "IV"): Tool(TRACE', '("scsa", "IV"): Tool(THOP'),
+    "evidence/published.csv": ("resnet50", "resnet51"),
+    "evidence/verdicts.csv": ("equal", "differs"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_anything_that_is_counted_is_noticed(name, library):
+    folder, before = library
+    old, new = CHANGES[name]
+    text = (folder / name).read_text()
+    assert old in text
+    (folder / name).write_text(text.replace(old, new))
+    assert ledger.counted_from(folder) != before
+
+
+def test_other_versions_are_noticed_and_other_words_are_not(library, monkeypatch):
+    folder, before = library
+    path = folder / "evidence/conventions.py"
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith('"""')
+    path.write_text("\n".join(['"""Other words."""', *lines[1:], "# and more"]))
+    (folder / "cli.py").write_text("")
+    assert ledger.counted_from(folder) == before
+    monkeypatch.setattr(ledger, "version", lambda name: "9.9")
+    assert ledger.counted_from(folder) != before
+
+
+def test_all_modules_that_a_recount_imports_are_in_the_digest():
+    code = "import sys, scsa_book.evidence.recount; print(*(m for m in sys.modules if m[:4] == 'scsa'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = {sys.modules[name].__file__ for name in done.stdout.split() if name in sys.modules}
+    used = {Path(file) for file in files if not file.endswith("__init__.py")}
+    library = Path(recount.__file__).parents[1]
+    assert used <= {path for pattern in ledger.COUNTED_FROM for path in library.glob(pattern)}
+    assert len(used) > 30
+
+
+def test_a_recount_that_is_current_is_not_made_and_another_convention_makes_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ledger, "STAMP", tmp_path / "verdicts.digest")
+    ledger.STAMP.write_text(ledger.counted_from())
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "recount_all", lambda *a: pytest.fail("it was made"))
+        assert said(capsys, "ledger", "--check")[0] == 0
+    [_, flops] = ledger.costs(source="scsa", table="IV", backbone="mobilenetv2", method="baseline")
+    monkeypatch.setattr(ledger, "costs", lambda: [flops])
+    monkeypatch.setattr(ledger, "counted_from", lambda: "of another convention")
+    monkeypatch.setitem(recount.TOOLS, ("scsa", "IV"), replace(recount.tool_of(flops), convention=HOOKS))
+    recount.counted.cache_clear()
+    code, out, _ = said(capsys, "ledger", "--check")
+    recount.counted.cache_clear()
+    assert code == 1 and f"{ledger.cell_key(flops)}: count" in out
+
+
+def test_the_recount_that_is_kept_is_current_or_holds(capsys):
+    code, out, _ = said(capsys, "ledger", "--check")
+    assert code == 0
+    assert re.match("269 costs (kept, nothing that they depend on|counted, nothing) has changed", out)
+
+
+@pytest.mark.slow
+def test_every_cost_again(capsys, monkeypatch):
+    monkeypatch.setattr(ledger, "is_current", lambda: False)
     recount.counted.cache_clear()
     start = time.process_time()
     code, out, err = said(capsys, "ledger", "--check")

@@ -1,4 +1,4 @@
-"""The pages that are made from the registry: complete, up to date, and true where they can be tried."""
+"""The pages generated from the registry are complete, up to date, and correct."""
 
 import re
 
@@ -21,7 +21,7 @@ NO_CODE = {"ela", "cat"}  # their authors published none
 
 
 def shown(path):
-    "What the cells of a page show, apart from printed values."
+    "The outputs of a page's cells, except printed values."
     outputs = [o.get("data", {}) for cell in cells_of(path, "code") for o in cell["outputs"]]
     return ["".join(d[kind]) for d in outputs for kind in ("text/markdown", "text/html") if kind in d]
 

@@ -163,7 +163,7 @@ def pooled(x, n):
 
 
 def stretched(x, size, dim):
-    "Linear interpolation along one axis: middles of pixels at (i + ½) / size of the side."
+    "Linear interpolation along one axis: centres of pixels at (i + ½) / size of the side."
     old = x.shape[dim]
     at = ((torch.arange(size, dtype=x.dtype) + 0.5) * old / size - 0.5).clamp(min=0)
     low = at.floor().long().clamp(max=old - 1)
@@ -177,7 +177,7 @@ def enlarged(x, like):
 
 
 def layer(block, x):
-    "Convolution, normalisation with running statistics, rectifier, from the numbers alone."
+    "Convolution, normalisation with running statistics, ReLU, from the numbers alone."
     conv, norm, _ = block
     x = F.conv2d(x, conv.weight, padding=conv.kernel_size[0] // 2)
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
@@ -197,7 +197,7 @@ def test_pyramid_pooling_is_what_it_says(side):
 
 
 def literal_upernet(head, maps):
-    "Stage by stage from the coarsest, as the figure of the paper is read."
+    "Stage by stage from the coarsest, as in the figure of the paper."
     c2, c3, c4, c5 = maps
     p5 = head.pyramid(c5)
     p4 = layer(head.laterals[2], c4) + enlarged(p5, c4)
@@ -222,7 +222,7 @@ def test_the_head_of_upernet_is_what_it_says(side):
 
 def test_the_auxiliary_head_stands_on_the_last_stage_but_one():
     network = shake(small("upernet", auxiliary=True)).train()
-    for module in network.modules():  # no chance and no statistics of the batch: both sides agree
+    for module in network.modules():  # without dropout and batch statistics both sides agree
         if isinstance(module, nn.Dropout2d | nn.BatchNorm2d):
             module.eval()
     x, _ = batch()
@@ -281,7 +281,7 @@ def test_strides_are_those_that_are_asked_for(name, output_stride, strides):
 def test_what_cannot_be_dilated_says_so():
     with pytest.raises(ValueError, match="less than that of the stem"):
         dilate(on_paper(build, "resnet18", 10), 2)
-    with pytest.raises(ValueError, match="drops positions"):
+    with pytest.raises(ValueError, match="subsamples"):
         dilate(on_paper(build, "resnet8", 10), 1)
     with pytest.raises(ValueError, match="no stages.*Take a ResNet"):
         dilate(on_paper(build, "mobilenet_v2", 10))
@@ -354,7 +354,7 @@ def test_attention_maps_of_every_block(name):
     x, _ = batch()
     found = maps_of(network, x)
     assert len(found) == 8 and network.training
-    deepest = found["backbone.layer4.1.bn2.attention"]
+    deepest = found["backbone.layer4.1.attention.after_conv2"]
     sides = {"upernet": (1, 2), "danet": (4, 6)}  # stride 32 and 8
     assert deepest["spatial"].shape == (2, 1, *sides[name])
 
@@ -401,14 +401,14 @@ def test_it_learns_and_every_parameter_takes_part(name, attention):
     optimiser = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
     x = F.interpolate(torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(3)), (32, 48))
     labels, losses, moved = x.argmax(1), [], set()
-    for _ in range(6):  # CAT starts with one gate that is zero: what it multiplies learns from step 2 on
+    for _ in range(6):  # CAT starts with one gate at zero: its factor gets gradients from step 2 on
         loss = segmentation_loss(network(x), labels)
         optimiser.zero_grad()
         loss.backward()
         moved |= {n for n, p in network.named_parameters() if p.grad is not None and p.grad.any()}
         optimiser.step()
         losses.append(loss.item())
-    # A bias of the keys shifts all energies of a place alike, which no softmax notices: no gradient.
+    # A bias of the keys shifts all energies of a position alike, so the softmax does not change: no gradient.
     silent = {n for n, _ in network.named_parameters()} - moved
     assert not {n for n in silent if not n.endswith("key.bias")}
     assert losses[-1] < 0.9 * losses[0]
@@ -436,7 +436,7 @@ def test_one_image_to_train_on():
     with pytest.raises(ValueError, match="1 image of 32×48.*Train on 2"):
         small("upernet")(x)
     assert segmentation_loss(small("danet")(x), labels).isfinite()
-    with pytest.raises(ValueError, match="1 image of 8×5: the head sees one position"):
+    with pytest.raises(ValueError, match="1 image of 8×5: the head gets one position"):
         small("danet")(x[:, :, :8, :5])
     frozen = small("upernet")
     for module in frozen.modules():
@@ -479,7 +479,7 @@ def test_the_loss_is_the_mean_over_labelled_pixels():
 def test_a_label_without_a_score_is_named(wrong):
     labels = torch.tensor([[[0, 2], [255, wrong]]])
     logits = torch.zeros(1, 3, 2, 2)
-    with pytest.raises(ValueError, match=f"labels hold {wrong}; with 3 classes they are 0 to 2"):
+    with pytest.raises(ValueError, match=f"labels hold {wrong}; with 3 classes they must be 0 to 2"):
         segmentation_loss({"out": logits, "aux": logits}, labels)
 
 
@@ -495,7 +495,7 @@ def test_a_batch_without_labelled_pixels_costs_nothing():
     assert loss.item() == 0 and not logits.grad.any()
 
 
-# ---- what PyTorch does with modules ----
+# ---- PyTorch's operations on modules ----
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -566,7 +566,7 @@ def test_a_lighter_backbone_is_the_same_network_with_fewer_channels(name):
         ({"attention": "se", "blocks": "layer9.*"}, "blocks='layer9.*' matches no block"),
         ({"num_classes": "5"}, "num_classes='5' must be a positive integer"),
         ({"width": 0}, "width=0 must be a positive integer"),
-        ({"backbone": "resnet20", "width": 16}, "width=16 scales a stem of 64 channels, and this has 16"),
+        ({"backbone": "resnet20", "width": 16}, "width=16 scales a stem of 64 channels, but this has 16"),
         ({"options": {"reduction": 4}}, "without attention"),
         ({"dropout": 1.5}, "dropout probability"),
     ],
@@ -582,7 +582,7 @@ def test_other_images_are_refused(shape):
     network = on_paper(build_segmenter, "danet", 5, **SMALL)
     x = torch.empty(shape, device="meta")
     for call in (network, network.logits):
-        with pytest.raises(ValueError, match=r"it takes \(batch, 3, height, width\)"):
+        with pytest.raises(ValueError, match=r"it must be \(batch, 3, height, width\)"):
             call(x)
 
 

@@ -1,4 +1,4 @@
-"""Pictures with a class for each pixel: whatever happens to the one happens to the other."""
+"""Images with a class for each pixel: both get the same augmentation."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def draw(half, *indices, seed=0):
 
 
 def frame(images, classes, name, greys):
-    "A picture whose red is ten times its class, and the file of its classes."
+    "An image whose red is ten times its class, and the file of its classes."
     for folder in (images, classes):
         folder.mkdir(parents=True, exist_ok=True)
     greys = np.asarray(greys, np.uint8)
@@ -33,7 +33,7 @@ def columns(classes=8, width=12, height=60):
     return np.tile(np.repeat(np.arange(classes), width), (height, 1))
 
 
-# ---- picture and classes together
+# ---- image and label map together
 
 
 @pytest.mark.parametrize("crop", [(48, 48), (20, 90), (120, 120)])

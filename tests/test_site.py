@@ -1,7 +1,10 @@
 """The site: what the filter makes of a notebook, the preview, the checks, and the steps of a build."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,9 +14,11 @@ import build
 import check
 import filter as reader
 import nbformat
+import parallel
 import preview
 import pytest
 import readme
+import stamps
 import yaml
 from conftest import ROOT, name_of, notebooks
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
@@ -358,15 +363,16 @@ def test_the_preview_leaves_nothing_of_an_older_one(book):
 
 def test_a_live_page_is_shown_as_the_build_executed_it(book):
     page = write(book / "nbs/results/table.ipynb", new_markdown_cell("# Table\n\n> line"), code("6 * 7"))
-    assert build.refresh(page, "first")
+    assert not build.is_fresh(page, "first")
+    build.refresh(page, "first")
     assert "42" not in page.read_text(), "the source is left as it was"
     preview.build(book, book / "out")
     assert '<pre class="out">42</pre>' in html_of(book / "out", "results/table")
-    assert not build.refresh(page, "first"), "nothing changed"
-    assert build.refresh(page, "second"), "other results"
+    assert build.is_fresh(page, "first") and not build.is_fresh(page, "second")
     write(page, new_markdown_cell("# Table\n\n> line"), code("7 * 7"))
     assert "42" not in json.dumps(reader.read(page)), "a copy of an older source is not shown"
-    assert build.refresh(page, "second")
+    assert not build.is_fresh(page, "first")
+    build.refresh(page, "first")
     assert "49" in json.dumps(reader.read(page))
 
 
@@ -383,19 +389,67 @@ def test_live_pages_are_those_beside_the_results_that_have_code(book):
     assert build.live_pages(book) == [live]
 
 
-def test_live_pages_depend_on_results_and_library(book):
-    seen = {build.digest_of_results(book)}
-    for name in (
-        "nbs/results/sample/a.json",
-        "scsa_book/evidence/ledger.py",
-        "scsa_book/evidence/published.csv",
-    ):
+def different(digest, book, monkeypatch, *names):
+    "Whether `digest` is another one after every change of a file, and with other versions."
+    seen = [digest(book)]
+    for name in names:
         (book / name).parent.mkdir(parents=True, exist_ok=True)
-        (book / name).write_text("1")
-        seen.add(build.digest_of_results(book))
-        (book / name).write_text("2")
-        seen.add(build.digest_of_results(book))
-    assert len(seen) == 7
+        for content in "12":
+            (book / name).write_text(content)
+            seen.append(digest(book))
+    monkeypatch.setattr(build, "installed", lambda: "python-4")
+    return len(set(seen) | {digest(book)}) == 2 * len(names) + 2
+
+
+def test_live_pages_depend_on_results_data_library_and_versions(book, monkeypatch):
+    library = ("scsa_book/evidence/ledger.py", "scsa_book/evidence/published.csv")
+    others = ("nbs/results/sample/a.json", "data/fashion/images.gz")
+    assert different(build.live_pages_follow, book, monkeypatch, *library, *others)
+
+
+def test_sample_runs_depend_on_data_notebooks_library_and_versions(book, monkeypatch):
+    others = ("data/fashion/images.gz", "nbs/runs/classify.ipynb", "nbs/runs/experiments.yml")
+    assert different(build.samples_follow, book, monkeypatch, "scsa_book/attention/se.py", *others)
+
+
+def test_sample_runs_do_not_depend_on_what_no_run_imports(book):
+    before = build.samples_follow(book)
+    write(book / "scsa_book/evidence/ledger.py")
+    assert build.samples_follow(book) == before
+
+
+def test_the_site_depends_on_pages_theme_tools_settings_and_versions(book, monkeypatch):
+    names = ("nbs/part/page.ipynb", "nbs/theme/base.scss", "nbs/_site/preview.py", "nbs/references.bib")
+    assert different(build.site_follows, book, monkeypatch, "_quarto.yml", *names)
+
+
+def test_a_page_is_converted_again_when_anything_it_depends_on_has_changed(book, monkeypatch):
+    def key(name="part/page"):
+        return preview.key_of(book / f"nbs/{name}.ipynb", book, preview.what_all_pages_follow(book))
+
+    seen = [key(), key("part/index")]
+    write(book / "nbs/part/page.ipynb", new_markdown_cell("# Other\n\n> line"))
+    seen.append(key())
+    build.refresh(book / "nbs/part/page.ipynb", "")
+    seen.append(key())
+    (book / "nbs/references.bib").write_text("")
+    seen.append(key())
+    (book / "_quarto.yml").write_text("repo-url: https://github.com/a/b\n")
+    seen.append(key())
+    monkeypatch.setattr(preview, "installed", lambda: "python-4")
+    seen.append(key())
+    (book / "tools").mkdir()
+    for name in ("preview.py", "filter.py"):
+        (book / "tools" / name).write_text("other")
+    monkeypatch.setattr(preview, "__file__", str(book / "tools" / "preview.py"))
+    seen.append(key())
+    assert len(set(seen)) == len(seen)
+
+
+def test_versions_are_those_of_all_packages():
+    words = stamps.installed().split()
+    assert f"pytest-{pytest.__version__}" in words and f"nbformat-{nbformat.__version__}" in words
+    assert words[0] == "python-" + sys.version.split()[0]
 
 
 def filtered(path):
@@ -443,12 +497,43 @@ def no_quarto(monkeypatch):
 def test_a_build_ends_with_the_path_of_the_front_page(book, no_quarto, capsys):
     write(book / "nbs/results/table.ipynb", new_markdown_cell("# Table\n\n> line"), code("6 * 7"))
     build.main(book)
-    *_, what, front = capsys.readouterr().out.strip().splitlines()
+    first, executed, what, front = capsys.readouterr().out.strip().splitlines()
     assert "plain preview" in what and "Quarto" in what
     assert front == str(book / "_preview/nbs/index.html") and Path(front).exists()
-    sweeps = [["-m", "scsa_book.cli", "sweep", name] for name in build.SAMPLES]
-    assert [command[1:] for command in no_quarto] == sweeps
+    assert first == f"with the committed results: {front}" and executed == "executed nbs/results/table.ipynb"
+    forgotten, swept = (command[1:] for command in no_quarto)
+    assert forgotten == ["-c", build.FORGET, *build.SAMPLES]
+    assert swept == ["-m", "scsa_book.cli", "sweep", *build.SAMPLES]
     assert "42" in html_of(book / "_preview", "results/table")
+
+
+def test_a_build_with_nothing_to_do_starts_nothing_and_writes_nothing(book, no_quarto, monkeypatch):
+    write(book / "nbs/results/table.ipynb", new_markdown_cell("# Table\n\n> line"), code("6 * 7"))
+    build.main(book)
+    before = {path: path.stat().st_mtime_ns for path in book.rglob("*")}
+    no_quarto.clear()
+    for name in ("refresh", "problems"):
+        monkeypatch.setattr(build, name, lambda *a: pytest.fail("there was nothing to do"))
+    build.main(book)
+    assert no_quarto == [] and {path: path.stat().st_mtime_ns for path in book.rglob("*")} == before
+
+
+def test_sample_runs_that_are_gone_are_made_and_those_of_another_library_forgotten(book, no_quarto):
+    def asked():
+        build.sample_runs(book)
+        words = [command[3] for command in no_quarto]
+        no_quarto.clear()
+        return words
+
+    result = book / "nbs/results/sample/a.json"
+    result.write_text("1")
+    assert asked() == [build.SAMPLES[0], "sweep"] and asked() == []
+    result.write_text("2")
+    assert asked() == ["sweep"] and asked() == []
+    result.unlink()
+    assert asked() == ["sweep"] and asked() == []
+    write(book / "scsa_book/attention/se.py")
+    assert asked() == [build.SAMPLES[0], "sweep"] and asked() == []
 
 
 def test_a_build_with_a_dead_link_fails_and_says_where(book, no_quarto):
@@ -457,12 +542,111 @@ def test_a_build_with_a_dead_link_fails_and_says_where(book, no_quarto):
         build.main(book)
 
 
-def test_a_build_stops_when_the_runs_fail(book, monkeypatch):
-    failed = subprocess.CompletedProcess((), returncode=5)
-    monkeypatch.setattr(build.subprocess, "run", lambda command, **options: failed)
-    with pytest.raises(SystemExit, match="5"):
-        build.main(book)
-    assert not (book / "_preview").exists()
+def test_a_build_stops_when_the_runs_fail_and_tries_them_again(book, no_quarto, monkeypatch):
+    def called(command, **options):
+        no_quarto.append(command)
+        return subprocess.CompletedProcess((), returncode=5 if "sweep" in command else 0)
+
+    monkeypatch.setattr(build.subprocess, "run", called)
+    for known in (False, True):  # whether results of another library were forgotten already
+        with pytest.raises(SystemExit, match="5"):
+            build.main(book)
+        assert [command[3] for command in no_quarto] == [build.SAMPLES[0], "sweep"][known:]
+        no_quarto.clear()
+    assert (book / "_preview/nbs/index.html").exists(), "the committed results can be read"
+
+
+def page_of(book):
+    return (book / "_preview/nbs/index.html").read_text("utf-8")
+
+
+@pytest.fixture
+def shown(book):
+    "A book with a site, and a change that is not on it yet."
+    build.render(None, book)
+    write(book / "nbs/index.ipynb", new_markdown_cell("# Changed\n\n> book"))
+    return book
+
+
+def test_a_disk_that_is_full_is_said_and_the_last_site_stays(shown, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.html")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(SystemExit, match="no room on the disk .No space left on device: x.html"):
+            build.main(shown)
+    assert "Small" in page_of(shown) and not (shown / "_preview_new").exists()
+    build.render(None, shown)
+    assert "Changed" in page_of(shown)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import build
+book, where = Path(sys.argv[1]), sys.argv[2]
+if where == "writing":
+    import preview
+    render = preview.render
+    def until_the_second(path, *rest):
+        if path.name == "page.ipynb":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return render(path, *rest)
+    preview.render = until_the_second
+else:
+    rename = Path.rename
+    def between(path, target):
+        if path.name == "_preview_new":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(path, target)
+    Path.rename = between
+build.render(None, book)
+"""
+
+
+@pytest.mark.parametrize("where", ["writing", "between the renames"])
+def test_a_build_that_is_killed_shows_no_half_of_a_site_and_goes_on(shown, where):
+    command = [sys.executable, "-c", KILLED, str(shown), where]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT / "nbs/_site")})
+    assert done.returncode == -signal.SIGKILL
+    if where == "writing":
+        assert "Small" in page_of(shown)
+    else:
+        assert not (shown / "_preview").exists(), "no site rather than half of one"
+    build.render(None, shown)
+    assert "Changed" in page_of(shown) and check.problems(shown / "_preview") == []
+    assert [path.name for path in shown.glob("_preview*")] == ["_preview"]
+
+
+def test_pages_are_the_same_from_one_process_or_several(book, monkeypatch):
+    monkeypatch.setattr(parallel, "FEW", 0)
+    preview.build(book, book / "one", cores=1)
+    shutil.rmtree(book / ".cache")
+    preview.build(book, book / "two", cores=2)
+    one, two = ({p.name: p.read_bytes() for p in (book / n).rglob("*.html")} for n in ("one", "two"))
+    assert one == two and one
+    assert check.problems(book / "one", cores=1) == check.problems(book / "two", cores=2) == []
+
+
+def test_a_page_that_was_kept_torn_is_converted_again(book):
+    preview.build(book, book / "one")
+    for file in (book / ".cache/pages").iterdir():
+        file.write_bytes(file.read_bytes()[:-9])
+    preview.build(book, book / "two")
+    assert html_of(book / "one", "part/page") == html_of(book / "two", "part/page")
+
+
+def test_only_pages_of_the_present_book_are_kept(book, monkeypatch):
+    converted = []
+    convert = preview.convert_page
+    monkeypatch.setattr(preview, "convert_page", lambda job: converted.append(job[0].name) or convert(job))
+    preview.build(book, book / "out")
+    many = len(converted)
+    write(book / "nbs/index.ipynb", new_markdown_cell("# Changed\n\n> book"))
+    preview.build(book, book / "out")
+    assert converted[many:] == ["index.ipynb"] and "Changed" in html_of(book / "out", "index")
+    assert len(list((book / ".cache/pages").iterdir())) == many
 
 
 def test_quarto_is_called_with_our_python_and_its_failure_is_reported(book, monkeypatch):
@@ -592,8 +776,8 @@ def test_every_page_is_in_the_sidebar_and_every_entry_is_a_page():
 
 
 def test_the_real_book_is_as_it_should_be(tmp_path):
-    preview.build(ROOT, tmp_path / "site")
-    assert check.problems(tmp_path / "site") == []
+    preview.build(ROOT, tmp_path / "site", cores=1)  # the others have tests to do
+    assert check.problems(tmp_path / "site", cores=1) == []
 
 
 def test_quarto_renders_what_the_preview_shows():

@@ -1,4 +1,4 @@
-"""The peers that speed is measured against do the same as ours, and the stopwatch counts what it says."""
+"""The peers of the speed benchmark compute the same as ours, and the benchmark measures correctly."""
 
 import copy
 import statistics
@@ -17,13 +17,13 @@ from traitlets.config import Config
 from scsa_book.attention import registry
 from scsa_book.evidence import speed
 
-CHANNELS = 128  # a multiple of all that the defaults ask for
+CHANNELS = 128  # a multiple of what all defaults require
 EQUATIONS = [("the equations", name) for name in registry.names()]
 TIMM = [("timm", name) for name in peers.TIMM]
 
 
 def pair(source, name):
-    "Ours with weights that hide nothing (some start at zero), and its peer, in double precision."
+    "Ours with random weights (some start at zero), and its peer, in double precision."
     torch.manual_seed(0)
     ours = registry.create(name, CHANNELS)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_a_peer_does_the_same_as_ours(source, name, train):
         assert (a - b).abs().max() < 1e-6 * b.abs().max()
 
 
-# ---- what the command does with them
+# ---- measurements
 
 
 @pytest.mark.parametrize("layout", speed.LAYOUTS)
@@ -125,7 +125,8 @@ def result():
 def test_a_result_is_whole(result):
     se, ge = result.rows
     assert (se.name, se.peer, se.rounds, se.shape) == ("se", "its equations", 3, (2, 32, 8, 8))
-    assert se.theirs.saved_for_backward == se.ours.saved_for_backward and se.theirs.training_peak == se.ours.training_peak > 0
+    assert se.theirs.saved_for_backward == se.ours.saved_for_backward
+    assert se.theirs.training_peak == se.ours.training_peak > 0
     assert ge.peer is ge.theirs is ge.forward_ratio is ge.training_ratio is None
     assert result.control.name == "se" and result.control.theirs
     again = speed.ModulesResult.model_validate_json(result.model_dump_json())
@@ -256,7 +257,7 @@ def test_a_compiled_module_is_compiled_in_every_run():
     assert setting.name_parts == ["cpu", "float32", "channels_first", "compiled"]
 
 
-# ---- ours are the faster ones
+# ---- ours are faster
 
 
 def best_ratio(name, shape, layout, work=speed.forward, attempts=4):
@@ -312,7 +313,7 @@ def test_the_backward_pass_is_fast(name, goal):
 
 
 def shown(monkeypatch, modules, networks=()):
-    "What the page shows for some results."
+    "The outputs of the page for some results."
     monkeypatch.setattr(speed, "module_results", lambda: list(modules))
     monkeypatch.setattr(speed, "network_results", lambda: list(networks))
     shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))

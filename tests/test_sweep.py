@@ -35,7 +35,7 @@ three:
   runs: [{attention: se, options: {reduction: 4}}, {attention: none, lr: 1.0e+30}, {attention: eca}]
 """
 
-# What `scsa-book job` does, with a run that takes a moment instead of a training.
+# `scsa-book job` with a short stand-in for the training.
 WORKER = """
 import os, sys, time
 from datetime import datetime, timezone
@@ -117,7 +117,7 @@ def driver(book, work, **given):
 
 
 def starts(book, run_id):
-    "A line for each time that a run was begun: process, GPU, threads."
+    "A line for each start of a run: process, GPU, threads."
     path = book / ".cache" / "runs" / run_id / "starts"
     return path.read_text().splitlines() if path.exists() else []
 
@@ -151,7 +151,7 @@ def children(pid):
     return [int(word) for word in found.stdout.split()]
 
 
-# ---- what a sweep makes
+# ---- runs of a sweep
 
 
 def test_a_run_that_fails_is_tried_again_and_reported_while_the_others_go_on(book, swept):
@@ -200,7 +200,7 @@ def test_a_dry_run_says_what_is_to_do_and_does_nothing(book, capsys):
     assert not (book / ".cache").exists() and not (book / "nbs" / "results").exists()
 
 
-# ---- what the jobs are told
+# ---- parameters of jobs
 
 
 def test_the_plan_holds_the_configurations_and_is_written_whole(book):
@@ -277,13 +277,13 @@ def test_a_gpu_that_is_taken_is_waited_for(tmp_path, monkeypatch):
     assert not waiting.is_alive() and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
-# ---- what is told
+# ---- messages
 
 
 def test_a_second_driver_is_refused(book, capsys):
     folder = sweeps.sweep_folder("three")
     folder.mkdir(parents=True)
-    with FileLock(folder / "lock"), pytest.raises(sweeps.SweepFailed, match="three is being made by another"):
+    with FileLock(folder / "lock"), pytest.raises(sweeps.SweepFailed, match="three is being executed by"):
         sweeps.sweep("three")
 
 
@@ -448,7 +448,7 @@ def test_a_sweep_on_slurm(book, swept, slurm):
 # ---- one run on several devices
 
 
-# A run without random changes of pictures, which every process would draw for itself.
+# A run without augmentation, which every process would draw for itself.
 RUN = """
 import sys
 from dataclasses import replace
@@ -503,7 +503,7 @@ def distance(one, other):
 
 @pytest.mark.slow
 def test_two_processes_end_where_one_does_with_the_same_batch(tmp_path, monkeypatch):
-    """Normalisation by groups looks at each picture alone, so only the order of summation differs.
+    """Group normalisation treats each image alone, so only the order of summation differs.
 
     In single precision eight steps make more of that than one would like to allow; in double precision it
     stays at the last digits. With batch normalisation each process has the statistics of its own half, and

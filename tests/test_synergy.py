@@ -371,7 +371,7 @@ def test_the_fast_path_is_the_definition(name, last, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gates_of_channels_that_stand_side_by_side_stand_so_too(dtype):
     x = torch.randn(2, 16, 9, 14, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    s_h, s_w = SCSA(16, dtype=dtype).to(memory_format=torch.channels_last).smsa.gates(x)
+    s_h, s_w = SCSA(16, dtype=dtype).to(memory_format=torch.channels_last).smsa.attention_maps(x).values()
     assert s_h.stride(1) == s_w.stride(1) == 1
 
 

@@ -1,4 +1,4 @@
-"""Detection and segmentation are runs like any other: they learn, repeat, resume, and say what they are."""
+"""Runs of detection and segmentation: they learn, are reproducible, resume, and have complete results."""
 
 import os
 import signal
@@ -26,7 +26,8 @@ SCENES = {"scenes": {"side": 64, "objects": 2, "size": 0.5}}
 SMALL = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20}
 TINY = {"width": 8, "pyramid_channels": 16, "head_channels": 16, "anchor_scale": 4}
 TINY |= {"min_size": 64, "max_size": 64}
-SHORT_RUN = {"train_images": 12, "test_images": 6, "batch_size": 4, "epochs": 3, "warmup_epochs": 0, "lr": 0.002}
+SHORT_RUN = {"train_images": 12, "test_images": 6, "batch_size": 4, "epochs": 3}
+SHORT_RUN |= {"warmup_epochs": 0, "lr": 0.002}
 DETECTORS = {
     "faster_rcnn": TINY | SMALL,
     "mask_rcnn": TINY | SMALL,
@@ -112,10 +113,17 @@ fit(config, build_network(config, len(images.classes)), images, where)
 """
 
 
+@pytest.fixture(scope="module", params=["detect", "segment"])
+def whole_run(request, tmp_path_factory):
+    "A configuration, and the run of it that nobody disturbs."
+    config, folder = tiny(request.param, attention="scsa"), tmp_path_factory.mktemp("undisturbed")
+    where = Execution(results_dir=folder / "results", cache_dir=folder / "cache", accelerator="cpu")
+    return config, train(config, where)[0]
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("task", ["detect", "segment"])
-def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(task, how, where, tmp_path):
-    config = tiny(task, attention="scsa")
+def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(whole_run, how, where, tmp_path):
+    config, whole = whole_run
     command = [sys.executable, "-c", CHILD, config.model_dump_json(), str(tmp_path)]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "in the middle\n" in child.stdout
@@ -125,14 +133,13 @@ def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(task,
     middle = ["epoch=0001-after-0000002.ckpt"] if how == signal.SIGTERM else []
     assert left == ["epoch=0000.ckpt", *middle]
     resumed, result = train(config, where)
-    whole, _ = train(config, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
     assert result.starts == 2 and bytes_of(resumed.network) == bytes_of(whole.network)
     assert [e.metrics for e in resumed.epochs] == [e.metrics for e in whole.epochs]
 
 
 @pytest.fixture
 def birds(tmp_path):
-    "A data root with pictures of two classes in files of their own."
+    "A data root with images of two classes in files of their own."
     generator = torch.Generator().manual_seed(0)
     for half, bird, number in product(("train", "val"), ("finch", "wren"), range(6)):
         file = tmp_path / "data" / "birds" / half / bird / f"{number}.png"
@@ -198,7 +205,7 @@ def test_a_backbone_begins_with_the_weights_of_a_file(tmp_path):
 
 
 def test_weights_that_are_not_there_are_said():
-    with pytest.raises(ValueError, match="'nowhere.pth' is no file, and not 'imagenet'"):
+    with pytest.raises(ValueError, match="'nowhere.pth' is neither a file nor 'imagenet'"):
         stock_weights("resnet18", "nowhere.pth")
     with pytest.raises(ValueError, match="torchvision has none for resnet8"):
         stock_weights("resnet8", "imagenet")

@@ -118,7 +118,7 @@ def test_networks_of_timm_that_are_not_known_take_ours_by_name():
     attend_modules(network, "stages.[012]", "bam", example=x)
     names = list(attentions(network))
     assert len(names) == 12 + 3 and "stages.0.blocks.0.conv_dw.attention" in names
-    assert network.stages[1].attention.channels == 80
+    assert network.stages[1].attention.after_block.channels == 80
     stock = timm.create_model("convnext_atto", num_classes=5)
     assert set(load_stock(network, stock.state_dict()).loaded) == set(stock.state_dict())
     assert set(maps_of(network, x)) == set(names)

@@ -1,4 +1,4 @@
-"""Configuration, training and results: what is promised of a run holds when it is disturbed."""
+"""Configuration, training and results: guarantees of a run, also when it is interrupted."""
 
 import errno
 import json
@@ -93,12 +93,12 @@ def metrics(done):
         ({"task": "detect", "network_options": {"widht": 9}}, "'widht'"),
         ({"task": "segment", "backbone": "resnet9"}, "unknown network 'resnet9'"),
         ({"task": "segment", "attention": "se", "position": "nowhere"}, "no position 'nowhere'"),
-        ({"backbone": "resnet18"}, "backbone and network_options belong to detectors"),
+        ({"backbone": "resnet18"}, "backbone and network_options are for detectors"),
         ({"data_options": {"augment": "flip"}}, "unknown data option of the task classify 'augment'"),
         ({"options": {"reduction": 4}}, "options are given, but no attention"),
         ({"position": "after_conv2"}, "a position is given, but no attention"),
         ({"schedule": "step"}, "'step' needs milestones"),
-        ({"schedule": "step", "milestones": [3, 9]}, r"milestones \[9\] lie after the last epoch \(4\)"),
+        ({"schedule": "step", "milestones": [3, 9]}, r"milestones \[9\] are after the last epoch \(4\)"),
         ({"schedule": "step", "milestones": [3, 2]}, "milestones must rise"),
         ({"warmup_epochs": 4}, "warmup_epochs=4 leaves nothing of epochs=4"),
         ({"paper": "scsa"}, "the preset is not 'paper'"),
@@ -157,7 +157,7 @@ def test_recipes_that_count_steps():
 
 
 def test_ids_never_change():
-    # Results are kept under these names: whoever has to change this test renames every result.
+    # Results are stored under these names: a change of this test renames every result.
     assert RunConfig().id == "fashion-mnist_resnet8_baseline_seed0_44136fa3"
     full = RunConfig(
         dataset="folder:birds", network="resnet50", attention="cbam", position="before_add",
@@ -344,7 +344,7 @@ def test_a_run_that_is_asked_to_leave_goes_on_from_that_very_step(where, tmp_pat
     child = child_in_the_middle(config, tmp_path)
     child.terminate()
     said, _ = child.communicate(timeout=60)
-    assert "asked to leave after 2 epochs; the same call goes on" in said and child.returncode == 0
+    assert "terminated after 2 epochs; the same call resumes" in said and child.returncode == 0
     left = sorted(p.name for p in result.run_folder(config, where).glob("*.ckpt"))
     assert left == ["epoch=0000.ckpt", "epoch=0001.ckpt", "epoch=0002-after-0000004.ckpt"]
 
@@ -401,7 +401,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(stopped, whe
     newest.write_bytes(content)
     images = dataset_of(stopped)
     resumed = run.fit(stopped, build_network(stopped, 10), images, where)
-    assert "epoch=0001.ckpt is damaged and passed over" in capsys.readouterr().out
+    assert "epoch=0001.ckpt is damaged and skipped" in capsys.readouterr().out
     whole = train(stopped, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
     assert bytes_of(resumed.network) == bytes_of(whole.network) and metrics(resumed) == metrics(whole)
 
@@ -444,7 +444,7 @@ def test_a_run_that_was_interrupted_by_hand_has_no_result(where, monkeypatch):
     assert not list(where.results_dir.rglob("*.json"))
 
 
-# ---- one at a time
+# ---- one process at a time
 
 
 def test_a_second_process_is_refused(where):
@@ -457,7 +457,7 @@ def test_a_second_process_is_refused(where):
     assert not list(folder.glob("*.ckpt"))
 
 
-# ---- a loss that is no number
+# ---- a loss that is not finite
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(where):
@@ -505,7 +505,7 @@ def test_a_result_is_written_whole_or_not_at_all(where, monkeypatch):
 def test_too_little_space_is_noticed_before_training(where, monkeypatch):
     monkeypatch.setattr(result, "free_bytes", lambda folder: 1000)
     monkeypatch.setattr(run.L.Trainer, "fit", lambda *a, **k: pytest.fail("it trained"))
-    with pytest.raises(DiskError, match=r"not enough room.*bytes needed, 1,000 free"):
+    with pytest.raises(DiskError, match=r"not enough space.*bytes needed, 1,000 free"):
         train(tiny(), where)
 
 
@@ -540,7 +540,8 @@ def test_a_result_says_all_and_comes_back_as_it_was(where):
     assert [e.epoch for e in saved.epochs] == [1, 2] and saved.final == saved.epochs[-1].metrics
     assert set(saved.final) == {"train_loss", "val_loss", "top1", "top5"}
     assert saved.final["top1"] <= saved.final["top5"] <= 100
-    assert saved.data.test_images == 40 and saved.data.fingerprint == load_dataset("fashion-mnist").fingerprint
+    assert saved.data.test_images == 40
+    assert saved.data.fingerprint == load_dataset("fashion-mnist").fingerprint
     assert saved.parameters == sum(p.numel() for p in build_network(config, 10).parameters())
     assert saved.machine.threads == torch.get_num_threads() and saved.machine.device
     assert set(saved.machine.versions) == {"python", *result.PACKAGES}

@@ -1,4 +1,4 @@
-"""Look for what a reader of the built site would stumble over: `python nbs/_site/check.py [FOLDER]`.
+"""Find defects of the built site: `python nbs/_site/check.py [FOLDER]`.
 
 Anything a page would load from another host, local files and anchors that are not there, notation that was
 meant to be rendered (`:::`, `?@fig`, `#| export`). Plain links to other sites are allowed.
@@ -8,7 +8,10 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
+
+from parallel import each
 
 LOADS = {
     "script": ["src"],
@@ -24,13 +27,13 @@ LOADS = {
     "use": ["href", "xlink:href"],
 }
 PASSIVE = {"canonical", "alternate", "prev", "next", "license", "author"}  # <link rel> that loads nothing
-LITERAL = ("script", "style", "pre", "code")  # text that nobody meant to be rendered
+LITERAL = ("script", "style", "pre", "code")  # text that is not rendered
 CSS = re.compile(r"(?:url\(\s*|@import\s+)[\"']?([^\"')\s]+)")
 UNRENDERED = re.compile(r":::|\?@[\w-]+|#\| ?\w+|\{#(?:fig|tbl|eq|sec)-")
 
 
 class Page(HTMLParser):
-    "What a page loads, where it links, which anchors it has, and the text that a reader reads."
+    "The resources, links, anchors and visible text of a page."
 
     def __init__(self, source):
         super().__init__()
@@ -85,38 +88,55 @@ def is_local(address):
 
 
 def target_of(page, address):
-    "The file that a local address on `page` means."
+    "The file of a local address on `page`."
     path = unquote(urlsplit(address).path)
     target = (page.parent / path).resolve() if path else page.resolve()
     return target / "index.html" if target.is_dir() else target
 
 
-def problems_of(path, page, pages):
-    "One line for each thing that is wrong on one page."
-    found = [f"loads {address}" for address in page.loads if external(address)]
-    for address in filter(is_local, page.loads + page.links):
-        target, anchor = target_of(path, address), unquote(urlsplit(address).fragment)
-        if not target.exists():
-            found.append(f"missing {address}")
-        elif anchor not in {"", "top"} and target in pages and anchor not in pages[target].ids:
-            found.append(f"no anchor {address}")
-    return found + [f"not rendered: {mark}" for mark in UNRENDERED.findall(page.text)]
+class Found(NamedTuple):
+    "The facts about a page that do not depend on other pages."
+
+    ids: set
+    problems: list
+    targets: dict  # local address -> its file
+
+
+def look_at(path):
+    "The defects of one page, and its links."
+    page = Page(path.read_text("utf-8"))
+    targets = {a: target_of(path, a) for a in dict.fromkeys(page.loads + page.links) if is_local(a)}
+    wrong = [f"loads {address}" for address in page.loads if external(address)]
+    wrong += [f"missing {address}" for address, target in targets.items() if not target.exists()]
+    return Found(
+        page.ids, wrong + [f"not rendered: {mark}" for mark in UNRENDERED.findall(page.text)], targets
+    )
+
+
+def dead_anchors(page, pages):
+    "The addresses of a page whose anchor does not exist on the target page."
+    for address, target in page.targets.items():
+        anchor = unquote(urlsplit(address).fragment)
+        if anchor not in {"", "top"} and target in pages and anchor not in pages[target].ids:
+            yield f"no anchor {address}"
 
 
 def is_page(path):
-    "Not a part of Quarto's own libraries, nor the snippet that is included in every page."
+    "Neither a part of Quarto's own libraries nor the snippet that is included in every page."
     return "site_libs" not in path.parts and path.name != "page.html"
 
 
-def problems(site):
-    "One line a problem in the rendered folder `site`; no line when it is as it should be."
+def problems(site, cores=None):
+    "One line for each defect in the rendered folder `site`."
     site = Path(site).resolve()
-    pages = {p: Page(p.read_text("utf-8")) for p in sorted(site.rglob("*.html")) if is_page(p)}
+    paths = [path for path in sorted(site.rglob("*.html")) if is_page(path)]
+    pages = dict(each("check", look_at, paths, cores))
     if not pages:
         return [f"{site}: no page"]
     found = []
     for path, page in pages.items():
-        found += [f"{path.relative_to(site)}: {line}" for line in problems_of(path, page, pages)]
+        lines = [*page.problems, *dead_anchors(page, pages)]
+        found += [f"{path.relative_to(site)}: {line}" for line in lines]
     for sheet in sorted(site.rglob("*.css")):
         loads = filter(external, CSS.findall(sheet.read_text("utf-8")))
         found += [f"{sheet.relative_to(site)}: loads {address}" for address in loads]
@@ -125,7 +145,7 @@ def problems(site):
 
 def main():
     found = problems(sys.argv[1] if len(sys.argv) > 1 else "_docs")
-    print("\n".join(found) or "nothing from another host, no dead link, nothing left unrendered")
+    print("\n".join(found) or "no resources from other hosts, no dead links, no unrendered notation")
     return bool(found)
 
 

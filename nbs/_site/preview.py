@@ -2,27 +2,35 @@
 
 Order of pages from _quarto.yml, contents through filter.py, looks from nbs/theme/preview.css. Readable
 without a network. It knows fewer things than Quarto: no search, no theme button (it follows the system).
+A page that was converted before from the same files is read from .cache/pages.
 """
 
 import html
 import itertools
+import json
 import re
 import shutil
 import sys
 from os.path import relpath
 from pathlib import Path
+from typing import NamedTuple
 
 import filter as reader
+import pygments
 import yaml
 from jinja2 import Template
 from latex2mathml.converter import convert
-from nbconvert.filters import Highlight2HTML, ansi2html, markdown2html, strip_ansi
+from nbconvert.filters import ansi2html, markdown2html, strip_ansi
+from parallel import each
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+from stamps import installed, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"eq": "Equation", "fig": "Figure", "tbl": "Table", "sec": "Section", "lst": "Listing"}
 TEMPLATE = Template(Path(__file__).with_name("preview.html").read_text("utf-8"))
 
-# Code, in fences or between backticks, in which nothing below means what it says.
+# Code, in fences or between backticks, in which no notation below applies.
 CODE = r"(^```.*?^```|`[^`\n]+`)"
 MATH = re.compile(
     CODE + r"|\$\$(.+?)\$\$(?:\s*\{#([\w-]+)\})?|(?<![\\\w$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)", re.S | re.M
@@ -39,7 +47,7 @@ KEPT = re.compile(r"<p>KEPT(\d+)KEPT</p>|KEPT(\d+)KEPT")
 SIGN = re.compile(r"(<mo[^>]*>(?!&#x00029;|&#x0005D;|&#x0007D;)[^<]*</mo>)<mo>(&#x02212;)</mo>")
 HEADING = re.compile(r"<h([1-6])[^>]*>(.*?)</h\1>", re.S)
 
-highlight = Highlight2HTML(pygments_lexer="python")
+LEXER, FORMATTER = PythonLexer(), HtmlFormatter(cssclass="highlight hl-python")
 
 
 # ---- the sidebar
@@ -59,7 +67,7 @@ def contents(items, root, depth=0):
 
 
 def matched(pattern, root, depth):
-    "What Quarto makes of `auto: folder/*/*.ipynb`: each folder by its index page, the other pages under it."
+    "Like Quarto's `auto: folder/*/*.ipynb`: each folder by its index page, the other pages under it."
     visible = (p for p in root.glob(pattern) if not p.parent.name.startswith("."))
     found = sorted(visible, key=lambda p: (p.parent, p.stem != "index", p.name.upper()))
     for path in found:
@@ -151,7 +159,7 @@ class Page:
         return self.block('<div class="cell">') + "".join(parts) + self.block("</div>")
 
     def listing(self, source, option):
-        block = highlight(source)
+        block = pygments.highlight(source, LEXER, FORMATTER)
         if "filename" in option:
             bar = f"<div>{option['filename']}</div>"
             block = f'<div class="filename {option.get("classes", "")}">{bar}{block}</div>'
@@ -180,7 +188,7 @@ class Page:
         source = CITATION.sub(self.citation, MATH.sub(self.formula, source))
         return re.sub(r"\A\s*<p>(.*)</p>\s*\Z", r"\1", markdown2html(source), flags=re.S)
 
-    # -- what Markdown does not know; each takes a match of its pattern
+    # -- notation beyond Markdown; each takes a match of its pattern
 
     def formula(self, m):
         code, display, name, inline = m.groups()
@@ -293,6 +301,65 @@ def identifier(words, taken):
     return next(copy for copy in copies if copy not in taken)
 
 
+# ---- cached pages
+
+
+class Converted(NamedTuple):
+    "The parts of a page that other pages need."
+
+    title: str
+    description: str | None
+    toc: list  # headings: level, anchor, words; none where the page wants none
+    body: str
+
+
+def convert_page(job):
+    "Convert one notebook; a job is its path, the root, and the bibliography."
+    path, root, bib = job
+    page = Page(path, root, bib)
+    toc = [list(h) for h in page.headings if h[0] in (2, 3)] if page.meta.get("toc", True) else []
+    return Converted(str(page.title), page.meta.get("description"), toc, page.body)
+
+
+def what_all_pages_follow(root):
+    "The inputs of every page besides its notebook: bibliography, address, these tools and their packages."
+    tools = (Path(__file__).with_name(name).read_bytes() for name in ("preview.py", "filter.py"))
+    bib, site = root / "nbs/references.bib", reader.settings(root)
+    given = bib.read_bytes() if bib.exists() else b""
+    return reader.digest(given, json.dumps(site, sort_keys=True).encode(), installed().encode(), *tools)
+
+
+def key_of(path, root, common):
+    "The inputs of a page: `common`, its path, its notebook, and its executed copy."
+    place, copy = path.relative_to(root).as_posix().encode(), reader.executed_copy(path)
+    return reader.digest(
+        common.encode(), place, path.read_bytes(), copy.read_bytes() if copy.exists() else b""
+    )
+
+
+def kept(file):
+    "A page as it was converted before, or None."
+    try:
+        return Converted(*json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError):  # missing, damaged, or of another format
+        return None
+
+
+def converted(paths, root, cores=None):
+    "Path -> its page; pages that are not cached yet are converted, one process per core, and cached."
+    folder, common = root / ".cache/pages", what_all_pages_follow(root)
+    files = {path: folder / f"{key_of(path, root, common)}.json" for path in paths}
+    pages = {path: kept(file) for path, file in files.items()}
+    bib = bibliography(root / "nbs/references.bib")
+    todo = [path for path, page in pages.items() if page is None]
+    for path, page in each("pages", convert_page, [(path, root, bib) for path in todo], cores):
+        pages[path[0]] = page
+        write_whole(files[path[0]], json.dumps(page).encode())
+    for file in set(folder.glob("*.json")) - set(files.values()):
+        file.unlink(missing_ok=True)
+    return pages
+
+
 # ---- the whole book
 
 
@@ -304,13 +371,11 @@ def notebooks(root):
             yield path
 
 
-def build(root, out):
+def build(root, out, cores=None):
     "Write the preview of the book at `root` to the folder `out`; returns its front page."
     website = yaml.safe_load((root / "_quarto.yml").read_text("utf-8"))["website"]
     listed = [(d, text, root / path) for d, text, path in contents(website["sidebar"]["contents"], root)]
-    bib = bibliography(root / "nbs/references.bib")
-    paths = dict.fromkeys([path for _, _, path in listed] + list(notebooks(root)))
-    pages = {path: Page(path, root, bib) for path in paths}
+    pages = converted(dict.fromkeys([path for _, _, path in listed] + list(notebooks(root))), root, cores)
     entries = [(d, text or pages[path].title, path) for d, text, path in listed]
     shutil.rmtree(out, ignore_errors=True)
     for path, page in pages.items():
@@ -331,9 +396,9 @@ def render(path, page, entries, website, root):
         site=website["title"],
         footer=website.get("page-footer", {}),
         title=page.title,
-        description=page.meta.get("description"),
+        description=page.description,
         body=page.body,
-        toc=[h for h in page.headings if h[0] in (2, 3)] if page.meta.get("toc", True) else [],
+        toc=page.toc,
         nav=parts([{"depth": d, "text": t, "href": link(q), "here": q == path} for d, t, q in entries]),
         turn=[(arrow, text, link(q)) for arrow, text, q in neighbours(entries, path)],
         up=Path(relpath(root / "nbs", path.parent)).as_posix(),

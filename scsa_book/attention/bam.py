@@ -19,7 +19,7 @@ from scsa_book.attention.base import (
     check_choice,
     check_positive,
 )
-from ..pooling import global_average
+from ..operators.pooling import global_average
 
 # %% ../../nbs/hybrid/bam.ipynb #39473941
 NORMS = ("hidden", "logits")

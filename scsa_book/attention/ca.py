@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
-from .fast import gated
-from ..pooling import strip_average
+from ..operators.gating import gate_axes
+from ..operators.strips import strip_average
 
 # %% ../../nbs/hybrid/ca.ipynb #1da90be0
 class CA(Attention):
@@ -50,7 +50,8 @@ class CA(Attention):
         return {"height": s_h[..., None], "width": s_w[:, :, None]}
 
     def forward(self, x: Tensor) -> Tensor:
-        return gated(x, *self.attention_maps(x).values())
+        s = self.attention_maps(x)
+        return gate_axes(x, s["height"], s["width"])
 
 # %% ../../nbs/hybrid/ca.ipynb #dfbb5abe
 AUTHORS_NAMES = {

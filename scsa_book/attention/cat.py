@@ -26,9 +26,10 @@ from scsa_book.attention.base import (
     check_odd,
     check_positive,
 )
-from .fast import with_product
-from ..pooling import channel_average, channel_entropy, channel_maximum
-from ..pooling import global_average, global_entropy, global_maximum
+from ..operators.entropy import channel_entropy, global_entropy
+from ..operators.gating import gate_sum
+from ..operators.pooling import channel_average, channel_maximum
+from ..operators.pooling import global_average, global_maximum
 
 # %% ../../nbs/collaboration/cat.ipynb #b0bc7abb
 def gaussian(
@@ -308,7 +309,7 @@ class Collaboration(Attention):
         self.check(x)
         if self.fusion in FUSIONS[:2]:
             maps = self.collaborate(x)
-            return self.recombine(x, maps), maps
+            return gate_sum(x, maps["channel"], maps["spatial"]), maps
         maps = {}
         for name in self.fusion.split("-"):
             maps[name] = getattr(self, name)(x).sigmoid()
@@ -322,7 +323,7 @@ class Collaboration(Attention):
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The output for given maps: x times their sum, or times each in sequence."
         if self.fusion in FUSIONS[:2]:
-            return with_product(x * maps["channel"], x, maps["spatial"])
+            return x * maps["channel"] + x * maps["spatial"]
         return super().recombine(x, maps)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANNEL_POOLS', 'ORDERS', 'POOL_TYPES', 'AUTHORS_NAMES', 'SCSA_AUTHORS_NAMES', 'ENTRY', 'ChannelLogits',
-           'channel_extremes', 'SpatialLogits', 'near', 'TwoGates', 'CBAM', 'authors_options', 'scsa_authors_options',
+           'channel_extremes', 'SpatialLogits', 'TwoGates', 'CBAM', 'authors_options', 'scsa_authors_options',
            'maximum_first']
 
 # %% ../../nbs/hybrid/cbam.ipynb #7ba9eb11
@@ -21,9 +21,10 @@ from scsa_book.attention.base import (
     check_odd,
     check_positive,
 )
-from .fast import scaled, scaled_extremes, singly
-from ..pooling import channel_average, channel_maximum
-from ..pooling import global_average, global_maximum
+from ..operators.extremes import gated_extremes
+from ..operators.gating import gate_in_turn
+from ..operators.pooling import channel_average, channel_maximum
+from ..operators.pooling import global_average, global_maximum
 
 # %% ../../nbs/hybrid/cbam.ipynb #ada2695f
 CHANNEL_POOLS = {
@@ -90,23 +91,20 @@ class SpatialLogits(nn.Module):
         if zero_init:
             nn.init.zeros_(self.norm.weight)
 
-    def logits(self, p: Tensor) -> Tensor:
-        "Logits from the pooled map, (B, 2, H, W) or (B, 1, H, W)."
+    def squeezed(self, x: Tensor, s_c: Tensor) -> Tensor:
+        "The pooled maps of the map times its channel gates."
+        if self.squeeze is channel_extremes:
+            return gated_extremes(x, s_c)
+        return self.squeeze(x * s_c)
+
+    def forward(self, x: Tensor, s_c: Tensor | None = None) -> Tensor:
+        p = self.squeeze(x) if s_c is None else self.squeezed(x, s_c)
         return self.norm(self.conv(p))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits(self.squeeze(x))
-
 # %% ../../nbs/hybrid/cbam.ipynb #95901367
-def near(part: nn.Module, x: Tensor, gates: Tensor) -> bool:
-    "Whether `part` can summarise a scaled image while it is in the cache."
-    extremes = getattr(part, "squeeze", None) is channel_extremes
-    return extremes and singly(x, gates)
-
-
 ORDERS = ("channel-spatial", "spatial-channel", "parallel")
 
-# %% ../../nbs/hybrid/cbam.ipynb #f37decb7
+
 class TwoGates(Attention):
     "Scales a map by the gates of its parts `channel` and `spatial`."
 
@@ -115,28 +113,22 @@ class TwoGates(Attention):
         check_choice("CBAM", ORDERS, order=order)
         self.order = order
 
-    def attend(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        "The scaled map, and the gates in the order in which they scaled it."
-        self.check(x)
-        if self.order == "parallel":
-            joint = (self.channel(x) + self.spatial(x)).sigmoid()
-            return x * joint, {"joint": joint}
-        first, second = self.order.split("-")
-        maps = {first: getattr(self, first)(x).sigmoid()}
-        if near(getattr(self, second), x, maps[first]):
-            x, p = scaled_extremes(x, maps[first])
-            maps[second] = self.spatial.logits(p).sigmoid()
-        else:
-            x = x * maps[first]
-            maps[second] = getattr(self, second)(x).sigmoid()
-        return scaled(x, maps[second]), maps
-
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         "`channel` (B, C, 1, 1), `spatial` (B, 1, H, W); parallel: `joint` (B, C, H, W)."
-        return self.attend(x)[1]
+        self.check(x)
+        if self.order == "parallel":
+            return {"joint": (self.channel(x) + self.spatial(x)).sigmoid()}
+        if self.order == "channel-spatial":
+            s_c = self.channel(x).sigmoid()
+            return {"channel": s_c, "spatial": self.spatial(x, s_c).sigmoid()}
+        s_p = self.spatial(x).sigmoid()
+        return {"spatial": s_p, "channel": self.channel(x * s_p).sigmoid()}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attend(x)[0]
+        s = self.attention_maps(x)
+        if self.order == "parallel":
+            return x * s["joint"]
+        return gate_in_turn(x, s["channel"], s["spatial"])
 
 # %% ../../nbs/hybrid/cbam.ipynb #a2d316b8
 class CBAM(TwoGates):

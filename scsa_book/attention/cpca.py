@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
-from ..pooling import global_average, global_maximum
+from ..operators.pooling import global_average, global_maximum
 
 # %% ../../nbs/hybrid/cpca.ipynb #852a78da
 class ChannelWeights(nn.Module):

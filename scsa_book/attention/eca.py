@@ -11,7 +11,7 @@ import math
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_odd
-from ..pooling import global_average
+from ..operators.pooling import global_average
 
 # %% ../../nbs/channel/eca.ipynb #d64d3aa4
 def adaptive_kernel(

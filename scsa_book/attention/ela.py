@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry
 from .base import check_odd, check_positive
-from .fast import gated
 from .smsa import GroupNorm
-from ..pooling import strip_average
+from ..operators.gating import gate_axes
+from ..operators.strips import strip_average
 
 # %% ../../nbs/hybrid/ela.ipynb #4dde83f3
 FORMS = {
@@ -92,7 +92,8 @@ class ELA(Attention):
         return {"height": s_h[..., None], "width": s_w[:, :, None]}
 
     def forward(self, x: Tensor) -> Tensor:
-        return gated(x, *self.attention_maps(x).values())
+        s = self.attention_maps(x)
+        return gate_axes(x, s["height"], s["width"])
 
 # %% ../../nbs/hybrid/ela.ipynb #6cd5e019
 AUTHORS_NAMES = {"conv": "strip.conv", "gn": "strip.norm"}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry
 from .base import check_choice, check_positive
-from ..pooling import global_average, is_channels_last
+from ..operators.memory import laid_like
+from ..operators.pooling import global_average
 
 # %% ../../nbs/channel/ge.ipynb #36a18713
 class GatherMean(nn.Module):
@@ -41,10 +42,8 @@ class GatherWhole(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_fit(x, self.weight.shape[1:], self.training)
-        weight = self.weight[None]
-        if is_channels_last(x):
-            # A product of tensors in different memory formats takes three times as long.
-            weight = weight.contiguous(memory_format=torch.channels_last)
+        # The product of tensors in two formats takes three times as long.
+        weight = laid_like(self.weight[None], x)
         return (x * weight).sum((-2, -1), keepdim=True)
 
 # %% ../../nbs/channel/ge.ipynb #ce936768

@@ -20,7 +20,7 @@ from scsa_book.attention.base import (
     check_choice,
     check_positive,
 )
-from ..pooling import is_channels_last
+from ..operators.memory import laid_like
 
 # %% ../../nbs/hybrid/sa.ipynb #d5edf39c
 class Affine(nn.Module):
@@ -143,8 +143,7 @@ class SubFeatures(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        return super().forward(x.contiguous()).contiguous(memory_format=layout)
+        return laid_like(super().forward(x.contiguous()), x)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, groups={self.groups}, shuffle={self.shuffle_groups == 2}"

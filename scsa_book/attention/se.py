@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
-from ..pooling import global_average
+from ..operators.pooling import global_average
 
 # %% ../../nbs/channel/se.ipynb #5a59235d
 class SE(Attention):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
-from ..pooling import global_average
+from ..operators.pooling import global_average
 
 # %% ../../nbs/channel/sk.ipynb #348970b9
 def branch(channels: int, dilation: int, groups: int, **factory) -> nn.Sequential:

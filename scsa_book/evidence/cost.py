@@ -20,35 +20,35 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/evidence/cost.ipynb #69623203
 def meta_copy(module: nn.Module) -> nn.Module:
-    "The same module in evaluation mode with shapes for weights; `module` stays as it is."
+    "A copy in evaluation mode on the meta device; `module` is not changed."
     memo = {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-    # what deepcopy finds in its memo, it takes instead of copying
+    # deepcopy takes what is in its memo instead of copying it
     return copy.deepcopy(module, memo).eval()
 
 # %% ../../nbs/evidence/cost.ipynb #9bf35ae0
 @dataclass(frozen=True, eq=False)
 class Convention:
-    "What a tool counts."
+    "The counting rules of a tool."
 
     about: str
     # operation, as dispatched -> its count from the shapes of its arguments
     ops: Mapping[object, Callable[..., int]] = field(default_factory=dict)
     # class of layers -> the count of one call, from layer, input and output
     layers: Mapping[type, Callable[[nn.Module, Tensor, Tensor], int]] = field(default_factory=dict)
-    matrix: bool = True  # matrix work counts wherever it is done, not only in `layers`
-    last_call: bool = False  # a layer that is called again counts once
+    matrix: bool = True  # count matrix work by operation, not only in `layers`
+    last_call: bool = False  # count only the last call of a layer
     kilo: int = 1000  # 1024 where "M" and "G" are powers of two
 
     @property
     def mega(self) -> int:
-        "What the tool calls M."
+        "The tool's unit M."
         return self.kilo**2
 
     @property
     def giga(self) -> int:
-        "What the tool calls G."
+        "The tool's unit G."
         return self.kilo**3
 
 # %% ../../nbs/evidence/cost.ipynb #5aeec087
@@ -56,18 +56,18 @@ MATRIX = Convention("convolutions and matrix products; no biases, norms, pooling
 
 # %% ../../nbs/evidence/cost.ipynb #63fe1f1b
 class Cost(NamedTuple):
-    "What a module costs."
+    "The cost of a module."
 
     parameters: int
-    trainable: int  # of these, the ones that ask for a gradient
+    trainable: int  # of these, the ones that require a gradient
     macs: int  # multiply-accumulates of one forward pass of one image, in evaluation mode
 
 # %% ../../nbs/evidence/cost.ipynb #579aed93
 def parameters(
     module: nn.Module,
-    trainable: bool = False,  # only those that ask for a gradient
+    trainable: bool = False,  # only those that require a gradient
 ) -> int:
-    "How many parameters a module has; one that is used twice counts once."
+    "Number of parameters of a module; shared ones count once."
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
 # %% ../../nbs/evidence/cost.ipynb #0395df80
@@ -78,7 +78,7 @@ def _rule(convention: Convention, layer: nn.Module) -> Callable | None:
 # %% ../../nbs/evidence/cost.ipynb #ec63730d
 @contextmanager
 def _noting(convention: Convention) -> Iterator[dict[nn.Module, int]]:
-    "What every layer has cost so far."
+    "The counts of every layer so far."
     counts: dict[nn.Module, int] = {}
 
     def note(layer, args, named, output):
@@ -94,7 +94,7 @@ def _noting(convention: Convention) -> Iterator[dict[nn.Module, int]]:
 
 # %% ../../nbs/evidence/cost.ipynb #e8232bff
 def _rules(convention: Convention) -> dict:
-    "By operation, and by overload: PyTorch before 2.15 takes others apart before it looks."
+    "By operation, and by overload: PyTorch before 2.15 decomposes others before its lookup."
     overloads = {getattr(op, name): rule for op, rule in convention.ops.items()
                  for name in op.overloads()}
     return {**convention.ops, **overloads}
@@ -113,7 +113,7 @@ def _macs(run: Callable[[], object], convention: Convention) -> int:
 def _check(input_size: object, convention: object) -> None:
     try:
         right = len(sides := tuple(map(index, input_size))) == 3 and min(sides) > 0
-    except TypeError:  # no sequence, or none of whole numbers
+    except TypeError:  # not a sequence of whole numbers
         right = False
     if not right:
         raise ValueError(f"input_size={input_size!r} is not (channels, height, width)")
@@ -127,14 +127,14 @@ def _explained(error: RuntimeError, module: nn.Module, input_size: tuple) -> Val
     # meta is the device without values; a tensor on another device is another mistake
     if "meta" in first.lower() and "expected device" not in first:
         return ValueError(
-            f"{kind}: the pass depends on values, and a count has shapes only ({first}). Say with "
+            f"{kind}: the pass depends on values, and counting uses shapes only ({first}). Choose with "
             "forward= what counts, for a detector scsa_book.networks.detection.dense"
         )
     return ValueError(f"{kind}: the pass fails for input_size={tuple(input_size)}: {first}")
 
 # %% ../../nbs/evidence/cost.ipynb #1180424e
 def _image(module: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
-    "One image or map of shapes, in the precision of the module."
+    "One image or map on the meta device, in the precision of the module."
     dtypes = (p.dtype for p in module.parameters() if p.is_floating_point())
     return torch.empty(1, *input_size, device="meta", dtype=next(dtypes, None))
 
@@ -143,9 +143,9 @@ def cost(
     module: nn.Module,  # on any device; it is not changed and nothing is computed on it
     input_size: tuple[int, int, int] = (3, 224, 224),  # C, H, W of one image or map
     convention: Convention = MATRIX,
-    forward: Callable[[nn.Module, Tensor], object] | None = None,  # what counts; None: the call
+    forward: Callable[[nn.Module, Tensor], object] | None = None,  # the part to count; None: all
 ) -> Cost:
-    "Parameters and multiply-accumulates; `ValueError` for what cannot be counted, with a remedy."
+    "Parameters and multiply-accumulates; `ValueError` with a remedy if they cannot be counted."
     _check(input_size, convention)
     shadow, x = meta_copy(module), _image(module, input_size)
     try:

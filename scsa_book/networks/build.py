@@ -21,7 +21,7 @@ from .small_mobile import mobilenetv2_small, shufflenetv2_small
 
 # %% ../../nbs/networks/build.ipynb #77ceed2d
 def _for_channels(network: nn.Module, in_channels: int) -> nn.Module:
-    "Make the first convolution anew where it takes another number of channels."
+    "Replace the first convolution if it takes another number of channels."
     name, old = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
     if old.in_channels != in_channels:
         shape = (old.out_channels, old.kernel_size, old.stride, old.padding)

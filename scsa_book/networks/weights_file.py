@@ -7,7 +7,7 @@ __all__ = ['AGAIN', 'CONVERT', 'SIGNATURES', 'ENDINGS', 'INSIDE', 'OLD_MAGIC', '
            'PLAIN', 'AVERAGED', 'USUAL', 'NO_WEIGHTS', 'INSERTED', 'COUNTER', 'WeightsError', 'by_signature', 'by_name',
            'by_contents', 'kind_of', 'command', 'reason', 'torch_content', 'safetensors_content', 'is_array', 'states',
            'part_of', 'unwrapped', 'as_tensor', 'read_weights', 'misfits', 'prefixes', 'below', 'to_skip', 'without',
-           'remedies', 'pass_below', 'skipping', 'named_as']
+           'remedies', 'pass_below', 'skipping', 'explained', 'named_as']
 
 # %% ../../nbs/networks/weights-file.ipynb #ef74b0f5
 import argparse
@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from .sites import some
 
 # %% ../../nbs/networks/weights-file.ipynb #964b48bd
 class WeightsError(ValueError):
@@ -167,8 +169,9 @@ def torch_content(path: Path):
     "What a file of `torch.save` holds; WeightsError if it needs more than data, or is damaged."
     whole = zipfile.is_zipfile(path)  # whose checksums are right, or this would not be reached
     try:
-        with torch.serialization.safe_globals(PLAIN):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # by its bytes: a name that ends in .safetensors would choose another reader
+        with torch.serialization.safe_globals(PLAIN), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         if isinstance(error, pickle.UnpicklingError) and (whole or "GLOBAL" in str(error)):
             what = f"it holds more than weights ({reason(error)}), and loading that can run any code"
@@ -278,10 +281,16 @@ def read_weights(
 COUNTER = "num_batches_tracked"  # old checkpoints and frozen norms lack it; no output needs it
 
 
-def misfits(own: Mapping, given: Mapping, free: Sequence[str] = ()) -> dict[str, list[str]]:
-    "Names that are missing (those of `free` may be), unexpected, or of another shape."
+def misfits(
+    own: Mapping,  # of the network: name -> tensor
+    given: Mapping,  # of the file
+    free: Sequence[str] = (),  # names that may be missing: attention that the file does not know
+    unused: tuple[str, ...] = (),  # prefixes of names that may be there: layers that were replaced
+) -> dict[str, list[str]]:
+    "Names that are missing, unexpected, or of another shape."
     missing = [k for k in own if k not in given and k not in free and not k.endswith(COUNTER)]
-    unexpected = [k for k in given if k not in own and not k.endswith(COUNTER)]
+    surplus = [k for k in given if k not in own and not k.startswith(unused or "\n")]
+    unexpected = [k for k in surplus if not k.endswith(COUNTER)]
     other = [k for k in own if k in given and given[k].shape != own[k].shape]
     kinds = {"missing": missing, "unexpected": unexpected, "other shape": other}
     return {kind: names for kind, names in kinds.items() if names}
@@ -313,14 +322,14 @@ def without(patterns: Sequence[str], state: Mapping) -> dict:
     return {k: v for k, v in state.items() if not any(fnmatchcase(k, p) for p in patterns)}
 
 # %% ../../nbs/networks/weights-file.ipynb #ef654dda
-def remedies(own: Mapping, given: Mapping, free: Sequence[str] = ()) -> list[str]:
-    "What makes a state dict fit, each tried; nothing where nothing simple does."
+def remedies(own: Mapping, given: Mapping, *allowed: Sequence[str]) -> list[str]:
+    "What makes a state dict fit, each tried; nothing where nothing simple does. `allowed`: see misfits."
     found = []
     for prefix in ["", *prefixes(given, own)]:
         inner = below(prefix, given)
-        skip = to_skip(own, misfits(own, inner, free))
+        skip = to_skip(own, misfits(own, inner, *allowed))
         rest, kept = without(skip, own), without(skip, inner)
-        if (prefix or skip) and len(rest) > 0.75 * len(own) and not misfits(rest, kept, free):
+        if (prefix or skip) and len(rest) > 0.75 * len(own) and not misfits(rest, kept, *allowed):
             found.append(" and ".join([*pass_below(prefix, given), *skipping(skip, own)]))
     inside = [p for p in prefixes(own, given) if not misfits(below(p, own), given)]
     found += [f"weights of a part: load_stock(network.{p[:-1]}, ...)" for p in inside]
@@ -345,10 +354,22 @@ def skipping(skip: Sequence[str], own: Mapping) -> list[str]:
         return [f"another number of classes? {call} leaves that layer as it is"]
     return [f"a part without these? {call} leaves them out"]
 
+# %% ../../nbs/networks/weights-file.ipynb #74aaf3a1
+def explained(own: Mapping, given: Mapping, *allowed: Sequence[str]) -> list[str]:
+    "What does not fit, one line a kind of misfit, and what would make it fit; nothing if it does."
+    wrong = misfits(own, given, *allowed)
+    if not wrong:
+        return []
+    if other := wrong.get("other shape"):
+        shapes = [f"{k} is {tuple(given[k].shape)} instead of {tuple(own[k].shape)}" for k in other]
+        wrong["other shape"] = shapes
+    lines = [f"{kind}: {some(names)}" for kind, names in wrong.items()]
+    return lines + remedies(own, given, *allowed)
+
 # %% ../../nbs/networks/weights-file.ipynb #095a888c
-def named_as(own: Mapping, given: Mapping[str, Tensor], free: Sequence[str] = ()) -> Mapping[str, Tensor]:
+def named_as(own: Mapping, given: Mapping[str, Tensor], *allowed: Sequence[str]) -> Mapping[str, Tensor]:
     "`given` without the prefix with which it fits `own`, if there is exactly one; else as it is."
-    if not misfits(own, given, free):
+    if not misfits(own, given, *allowed):
         return given
-    fitting = [p for p in prefixes(given, own) if not misfits(own, below(p, given), free)]
+    fitting = [p for p in prefixes(given, own) if not misfits(own, below(p, given), *allowed)]
     return below(fitting[0], given) if len(fitting) == 1 else given

@@ -89,7 +89,7 @@ ONE_STAGE = {"retinanet": {"sample": FROM_SCRATCH, "cpu": FROM_SCRATCH, "gpu": {
 
 
 def defaults(task: str, preset: str, network: str | None = None) -> dict:
-    "What a preset says to a network; None: to the preset's own. KeyError for unknown names."
+    "The defaults of a preset for a network (None: the preset's own). KeyError for unknown names."
     values = PRESETS[task][preset]
     if network not in ONE_STAGE or preset not in ONE_STAGE[network]:
         return values
@@ -149,7 +149,7 @@ RECIPES |= {
 
 # %% ../../nbs/training/presets.ipynb #2500cca0
 def recipe(given: Mapping) -> dict:
-    "The paper's recipe for the data set and network of `given`; ValueError if none is printed."
+    "The paper's recipe for the dataset and network of `given`; ValueError if none is printed."
     paper, dataset, network = given["paper"] or "scsa", given["dataset"], given["network"]
     for (author, data, family), values in RECIPES.items():
         if (author, data) == (paper, dataset) and network.startswith(family):
