@@ -414,13 +414,14 @@ def evaluate(
     fields = {k: v for k, v in given.items() if k in Evaluation.model_fields}
     where = {k: v for k, v in given.items() if k in Execution.model_fields}
     where |= {"again": again} | ({"data_root": data_root} if data_root else {})
-    evaluation, path, _ = plan(checkpoint, name, data, **fields)
+    evaluation, path, run = plan(checkpoint, name, data, **fields)
     execution, found = Execution(**where), evaluation_path(evaluation, Execution(**where))
     if found.is_file() and not again:
         result = EvaluationResult.model_validate_json(found.read_text("utf-8"))
         print(beside_the_claim(result) + "  (finished before; --again repeats it)")
         return
-    asked = {"checkpoint": str(path), "data": evaluation.dataset, "name": name, "again": again}
+    asked = {"checkpoint": str(path), "data": evaluation.dataset, "again": again}
+    asked["name"] = None if run else evaluation.network  # guessed once
     asked |= {"data_root": str(data_root)} if data_root else {}
     print(beside_the_claim(execute_evaluation({**asked, **given}, evaluation, execution)))
 
