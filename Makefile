@@ -1,13 +1,13 @@
 # make book    the whole book: sample runs, results, site      make lab       JupyterLab in the book's environment
-# make test    tests and chapters                              make clean     remove what `make book` made
-# make help    what contributors need besides
+# make test    tests and chapters                              make clean     remove the files of `make book`
+# make help    further commands for contributors
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
 SITE := $(BIN)/python nbs/_site
 
-# The environment is made anew only when the requirements (or the version or the commands) have changed, not whenever
-# a file that holds them was touched: the stamp's name is their checksum.
+# The environment is installed again only when the requirements (or the version or the commands) have changed, not
+# whenever the file with them was touched: the name of the stamp is their checksum.
 WANTED := $(shell { grep -E '^(version|min_python|    )' settings.ini; grep -E '^scsa' pyproject.toml; cat setup.py; } \
 	| cksum | cut -d ' ' -f 1)
 STAMP := .venv/installed-$(WANTED)
@@ -20,11 +20,11 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
 .PHONY: help book test test-all lab clean pull push execute export readme links
 
 help:
-	@echo "make book               the book, with the sample experiments run here"
-	@echo "make test               tests and chapters; make test-all also the long ones"
+	@echo "make book               build the book, including the sample experiments"
+	@echo "make test               run tests and chapters; make test-all also the long tests"
 	@echo "make lab                JupyterLab"
-	@echo "make clean              remove what make book made (.venv stays)"
-	@echo "make pull NB=nbs/a.ipynb    notebook -> text in _txt/; make push: back; make execute: run it"
+	@echo "make clean              remove the files of make book (.venv stays)"
+	@echo "make pull NB=nbs/a.ipynb    notebook -> text in _txt/; make push: text -> notebook; make execute: run it"
 	@echo "make export             notebooks -> library, then clean the notebooks"
 	@echo "make readme             home page -> README.md"
 	@echo "make links              repo_url of settings.ini -> notebooks and _quarto.yml"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot', 'bench', 'any_gpu', 'Device', 'Dtype', 'Layout',
            'Compiled', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters', 'title',
-           'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory', 'kernel', 'execute',
-           'is_locked', 'in_words', 'make_run', 'run', 'sweep', 'job', 'beside_the_claim', 'evaluation_page',
-           'execute_evaluation', 'evaluate', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger',
-           'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
+           'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory', 'of_this_interpreter',
+           'kernel', 'execute', 'is_locked', 'in_words', 'make_run', 'run', 'sweep', 'job', 'beside_the_claim',
+           'evaluation_page', 'execute_evaluation', 'evaluate', 'names_in_use', 'list_names', 'counting', 'recounting',
+           'ledger', 'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -23,7 +23,7 @@ import typer
 
 # %% ../nbs/reference/command-line.ipynb #fcb57c89
 app = typer.Typer(
-    help="Vision attention mechanisms: run them, and hold the numbers against the papers'.",
+    help="Vision attention mechanisms: run them, and compare the numbers with the papers'.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 # %% ../nbs/reference/command-line.ipynb #df34047f
 class RunFailed(RuntimeError):
-    "A run that began and did not end well."
+    "A run that started and failed."
 
 # %% ../nbs/reference/command-line.ipynb #7868227f
 def main(arguments: list[str] | None = None) -> None:
@@ -49,13 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 # %% ../nbs/reference/command-line.ipynb #ad109c5f
 def fail(error: Exception | str, code: int) -> None:
-    "Say what went wrong in one line, and leave."
+    "Print the error in one line, and exit."
     print(f"scsa-book: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(code)
 
 # %% ../nbs/reference/command-line.ipynb #6b9c5392
 def parse_parameters(words: list[str]) -> dict[str, Any]:
-    "`name=value` words as a dictionary; ValueError for a word that is none."
+    "`name=value` arguments as a dictionary; ValueError for any other form."
     import yaml
 
     parameters = {}
@@ -101,7 +101,7 @@ def title(config) -> str:
 
 # %% ../nbs/reference/command-line.ipynb #e4ba9a93
 def decided(source: str) -> str:
-    "The lines of a cell of parameters that decide something: no None, nothing of this machine."
+    "The lines of a parameters cell that determine the run: not None, and no paths of this machine."
     from scsa_book.training.config import Execution
 
     kept = []
@@ -114,7 +114,7 @@ def decided(source: str) -> str:
 
 # %% ../nbs/reference/command-line.ipynb #64d33905
 def joined(outputs: list) -> list:
-    "Outputs with neighbouring pieces of one stream put together, and without execution counts."
+    "Outputs with consecutive parts of one stream merged, and without execution counts."
     kept = []
     for output in outputs:
         same = kept and output.get("name") and output.get("name") == kept[-1].get("name")
@@ -128,14 +128,14 @@ def joined(outputs: list) -> list:
 
 # %% ../nbs/reference/command-line.ipynb #8b77baba
 def clean_cell(cell) -> None:
-    "Take out of an executed cell what is of this execution alone."
+    "Remove from an executed cell what belongs to this execution alone."
     tags = cell.metadata.get("tags", [])
     cell.metadata = {"tags": tags} if tags else {}
     if any("parameters" in tag for tag in tags):
         cell.source = decided(cell.source)
     if cell.cell_type == "code":
         cell.execution_count, cell.outputs = None, joined(cell.outputs)
-    else:  # the page lies one folder deeper than the notebook that was executed
+    else:  # the page is one folder deeper than the executed notebook
         cell.source = cell.source.replace("](../", "](../../")
 
 # %% ../nbs/reference/command-line.ipynb #dd81b552
@@ -151,7 +151,7 @@ def as_page(notebook, config):
 # %% ../nbs/reference/command-line.ipynb #0f22ce12
 @contextlib.contextmanager
 def passing_on_sigterm():
-    "SIGTERM goes to the processes that this one has started, and not to itself."
+    "Forwards SIGTERM to the child processes instead of this one."
     import psutil
 
     def pass_on(number, frame):
@@ -167,7 +167,7 @@ def passing_on_sigterm():
 # %% ../nbs/reference/command-line.ipynb #cc3d562f
 @contextlib.contextmanager
 def keeping_memory():
-    "What is started here has a glibc that keeps what is freed."
+    "Processes started here have a glibc that keeps freed memory."
     from scsa_book.paths import KEEP_MEMORY
 
     added = {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}
@@ -178,6 +178,20 @@ def keeping_memory():
         for name in added:
             del os.environ[name]
 
+# %% ../nbs/reference/command-line.ipynb #52b28822
+def of_this_interpreter():
+    "A class of kernels that run in the interpreter of this command."
+    from jupyter_client.manager import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    class Kernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+    return Kernel
+
 # %% ../nbs/reference/command-line.ipynb #b5a410aa
 READY = "import scsa_book.training.run, scsa_book.explain.runs"
 
@@ -185,10 +199,9 @@ READY = "import scsa_book.training.run, scsa_book.explain.runs"
 @contextlib.contextmanager
 def kernel(folder: Path):
     "A kernel in `folder` that gets ready for a run notebook; it does not outlive the block."
-    from jupyter_client.manager import AsyncKernelManager
     from jupyter_core.utils import run_sync
 
-    manager, left = AsyncKernelManager(kernel_name="python3"), True
+    manager, left = of_this_interpreter()(kernel_name="python3"), True
     words = [
         "--IPKernelApp.log_level=50",  # or it remarks on its connection
         "--HistoryManager.hist_file=:memory:",
@@ -247,7 +260,7 @@ def in_words(result) -> str:
 
     names = [name for name in TASKS[result.config.task].metrics if name in result.final]
     measured = "  ".join(f"{name} {result.final[name]:.2f} %" for name in names[:2])
-    images = f"of {result.data.test_images:,} pictures"
+    images = f"of {result.data.test_images:,} images"
     cost = f"{result.parameters:,} parameters  {result.seconds:.0f} s"
     return f"{result.id}  {measured}  {images}  {cost}"
 
@@ -259,7 +272,7 @@ def make_run(
 ) -> tuple[Any, bool]:
     "The result of a run, and whether it had been finished already."
     from scsa_book.training.config import from_notebook
-    from scsa_book.training.result import finished, run_folder
+    from scsa_book.training.result import finished, require_space, result_path, run_folder
 
     check_parameters(notebook := task_notebook(task), parameters)
     at_once = "torch" in sys.modules  # the check takes no time
@@ -267,6 +280,8 @@ def make_run(
         config, execution = from_notebook({"task": task, **parameters})
         if not again and (result := finished(config, execution)):
             return result, True
+        require_space(run_folder(config, execution), 2**20, "cache_dir")
+        require_space(result_path(config, execution).parent, 2**20, "results_dir")
         if is_locked(folder := run_folder(config, execution)):
             holds = f"it holds {folder / 'lock'}"
             raise RunFailed(f"{config.id} is being made by another process ({holds})")
@@ -277,12 +292,12 @@ word = "NAME=VALUE"
 Parameters = Annotated[
     list[str], typer.Option("--parameter", "-p", metavar=word, help="Repeatable.")
 ]
-Again = Annotated[bool, typer.Option("--again", help="Begin anew even if it is finished.")]
+Again = Annotated[bool, typer.Option("--again", help="Start from the beginning, even if it is finished.")]
 Profile = Annotated[
     str | None, typer.Option(help="Of a cluster: slurm, kubernetes, or a folder.")
 ]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="Folder of the larger data sets; default: SCSA_BOOK_DATA.")
+    Path | None, typer.Option(help="Folder of the larger datasets; default: SCSA_BOOK_DATA.")
 ]
 
 # %% ../nbs/reference/command-line.ipynb #f453f47f
@@ -411,7 +426,7 @@ def evaluate(
 
 # %% ../nbs/reference/command-line.ipynb #5fb3ad5b
 def names_in_use() -> dict[str, list[str]]:
-    "All names that a parameter can have."
+    "All values that named parameters can have."
     from scsa_book.attention import registry
     from scsa_book.networks.build import network_names
     from scsa_book.training.experiments import load_experiments
@@ -437,7 +452,7 @@ def names_in_use() -> dict[str, list[str]]:
 def list_names(
     runs: Annotated[bool, typer.Option(help="Also list the finished runs.")] = True,
 ) -> None:
-    "The names that can be used, and the finished runs."
+    "The available names, and the finished runs."
     from scsa_book.training.result import all_results
 
     for what, names in names_in_use().items():
@@ -450,7 +465,7 @@ def list_names(
 
 # %% ../nbs/reference/command-line.ipynb #0efb3b1e
 def counting() -> dict:
-    "Every cost, counted again; how far it is stands on the error stream."
+    "Every cost, counted again; progress is printed to stderr."
     from scsa_book.evidence.ledger import costs, recount_all
     from tqdm import tqdm
 
@@ -513,7 +528,7 @@ Compiled = Annotated[bool, typer.Option("--compiled", help="Through torch.compil
 @bench.command()
 def modules(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Mechanisms; none: all, and the result is kept.")
+        list[str] | None, typer.Argument(help="Mechanisms; none: all, and the result is stored.")
     ] = None,
     device: Device = None,
     dtype: Dtype = "float32",
@@ -540,7 +555,7 @@ def networks(
     size: Annotated[int, typer.Option(help="Side of an image.")] = 224,
     budget: Annotated[float, typer.Option(help="Seconds of rounds.")] = 60.0,
 ) -> None:
-    "A network with and without attention, in turns: time, memory, distance to the bound."
+    "A network with and without attention, alternately: time, memory, distance to the bound."
     from scsa_book.evidence import speed
 
     how = {"device": device, "dtype": dtype, "layout": layout, "compiled": compiled}
@@ -558,7 +573,7 @@ def memory_gib() -> str:
 
 # %% ../nbs/reference/command-line.ipynb #3c383dd8
 def devices() -> list[str]:
-    "What can compute here."
+    "The devices of this machine."
     import torch
     from scsa_book.training.result import device_name
 
@@ -569,7 +584,7 @@ def devices() -> list[str]:
 
 # %% ../nbs/reference/command-line.ipynb #daa35b55
 def data_found(name: str) -> str:
-    "What is found of a data set without reading it all, or what is missing."
+    "The size of a dataset without reading it all, or what is missing."
     from scsa_book.data import detection, fashion, images
     from scsa_book.paths import DataError, data_root, download_folder
 
@@ -591,7 +606,7 @@ def data_found(name: str) -> str:
 
 # %% ../nbs/reference/command-line.ipynb #ab9eca72
 def quarto_found() -> str:
-    "Where Quarto is, or what its absence means."
+    "The path of Quarto, or what happens without it."
     import shutil
 
     absent = "not found: `make book` tries to install it, else it builds the plain preview"
@@ -599,7 +614,7 @@ def quarto_found() -> str:
 
 # %% ../nbs/reference/command-line.ipynb #ae630374
 def findings() -> Iterator[tuple[str, str]]:
-    "What the doctor looks at, and what he finds."
+    "The items that the doctor checks, and its findings."
     from scsa_book.paths import book_root
     from scsa_book.training.result import free_bytes, versions
     from scsa_book.training.tasks import TASKS
@@ -618,7 +633,7 @@ def findings() -> Iterator[tuple[str, str]]:
 # %% ../nbs/reference/command-line.ipynb #a2c25a6b
 @app.command()
 def doctor() -> None:
-    "Versions, devices, memory, data and Quarto: what is there and what is missing."
+    "Check versions, devices, memory, data and Quarto."
     for what, finding in findings():
         print(f"{what:<14} {finding}")
 

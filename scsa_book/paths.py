@@ -30,28 +30,28 @@ def book_root(start: Path | str | None = None) -> Path:
 
 # %% ../nbs/training/paths.ipynb #3f7c417b
 def results_folder(preset: str, root: Path | None = None) -> Path:
-    "Where the results of a preset are kept."
+    "The folder of the results of a preset."
     return (root or book_root()) / "nbs" / "results" / preset
 
 # %% ../nbs/training/paths.ipynb #172d54c8
 def cache_folder(root: Path | None = None) -> Path:
-    "Where checkpoints and logs of runs are kept."
+    "The folder of checkpoints and logs of runs."
     return (root or book_root()) / ".cache" / "runs"
 
 # %% ../nbs/training/paths.ipynb #e339aee3
 def embedded(name: str, root: Path | None = None) -> Path:
-    "The folder of an embedded data set."
+    "The folder of an embedded dataset."
     return (root or book_root()) / "data" / name
 
 # %% ../nbs/training/paths.ipynb #805b6544
 def data_root(given: Path | str | None = None) -> Path | None:
-    "The folder of the larger data sets: as given, else from SCSA_BOOK_DATA, else None."
+    "The folder of the larger datasets: as given, else from SCSA_BOOK_DATA, else None."
     chosen = given or os.environ.get("SCSA_BOOK_DATA")
     return Path(chosen).expanduser().resolve() if chosen else None
 
 # %% ../nbs/training/paths.ipynb #f80f340c
 def download_folder(root: Path | None = None) -> Path:
-    "Where a data set goes that is downloaded."
+    "The folder of downloaded datasets."
     return (root or book_root()) / ".cache" / "data"
 
 # %% ../nbs/training/paths.ipynb #233dab18
@@ -69,18 +69,18 @@ KEEP_MEMORY = {
 
 # %% ../nbs/training/paths.ipynb #a46ddcd4
 class DataError(RuntimeError):
-    "A data set that is missing or damaged."
+    "A dataset that is missing or damaged."
 
     def __init__(
         self,
-        problem: str,  # what was looked for and not found, or found and not right
-        where: Path | str,  # the place
+        problem: str,  # what is missing or wrong
+        where: Path | str,  # path of the file or folder
         remedy: str,  # how to get it
     ):
         self.problem, self.where, self.remedy = problem, str(where), remedy
         super().__init__(f"{problem}: {where}. {remedy}")
 
-    def __reduce__(self):  # a worker process hands it over whole, not as its message alone
+    def __reduce__(self):  # a worker process passes on all parts, not only the message
         return DataError, (self.problem, self.where, self.remedy)
 
 # %% ../nbs/training/paths.ipynb #178d654e
@@ -88,7 +88,7 @@ import hashlib
 
 # %% ../nbs/training/paths.ipynb #cd305d6c
 def sha256_of(path: Path) -> str:
-    "SHA-256 of a file, read in pieces."
+    "SHA-256 of a file, read in blocks."
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -97,7 +97,7 @@ def sha256_of(path: Path) -> str:
 
 # %% ../nbs/training/paths.ipynb #7e0555dc
 def known_file(path: Path, sha256: str, remedy: str) -> Path:
-    "`path`, after making sure that it is there and has the content that it should have."
+    "`path`, after checking that the file exists and has the expected content."
     if not path.is_file():
         raise DataError(f"no file {path.name}", path.parent, remedy)
     found = sha256_of(path)

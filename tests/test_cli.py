@@ -78,7 +78,7 @@ def test_a_sweep_makes_what_it_can_and_reports_the_rest(swept, book):
     bad = configure("sample", **TINY, lr=1e30).id
     assert swept.returncode == 1
     assert swept.stdout.startswith("pair: 2 runs, 0 finished\n")
-    assert re.search(rf"\[\d/2\] {good}  top1 [\d.]+ %  top5 [\d.]+ %  of 30 pictures", swept.stdout)
+    assert re.search(rf"\[\d/2\] {good}  top1 [\d.]+ %  top5 [\d.]+ %  of 30 images", swept.stdout)
     assert re.search(rf"\[\d/2\] failed: {bad}: the loss became nan at step 2 of epoch 1", swept.stdout)
     assert swept.stderr == f"scsa-book: 1 of 2 runs failed: {bad}\n"
     names = sorted(path.name for path in (book / "nbs" / "results" / "sample").iterdir())
@@ -156,7 +156,7 @@ def test_a_run_without_its_data_says_what_is_missing(inside, tmp_path, capsys):
     assert code == 2 and out == ""
     line = err.splitlines()[-1]
     assert line.startswith("scsa-book: folder-birds_resnet8_baseline_seed0")
-    assert f"no folder `train`: {tmp_path}/birds. A folder of pictures has train/CLASS" in line
+    assert f"no folder `train`: {tmp_path}/birds. A folder of images has train/CLASS" in line
     assert "Traceback" not in err
 
 
@@ -258,7 +258,7 @@ def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(inside, capsys):
     process.terminate()
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
-    assert re.search(r"asked to leave after \d+ epochs; the same call goes on from there", err)
+    assert re.search(r"terminated after \d+ epochs; the same call resumes there", err)
     code, _, err = said(capsys, "run", "classify", *parameters)
     assert code == 0, err
     result = load_result(book / "nbs" / "results" / "sample" / f"{configure('sample', **many).id}.json")

@@ -307,7 +307,7 @@ def harmed(birds, harm):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        ("empty", "no folder `train`: .*birds. A folder of pictures has train/CLASS"),
+        ("empty", "no folder `train`: .*birds. A folder of images has train/CLASS"),
         ("no classes", "no class folders: .*train. A folder"),
         ("no pictures", "no pictures of class `wren`: .*val/wren"),
         ("one class less", "train and val differ: wren"),

@@ -505,7 +505,7 @@ def test_maps_pass_through_a_detector(name):
     images, _ = batch()
     maps = maps_of(detector, images)
     assert len(maps) == 8 == len(attentions(detector))
-    first = maps["backbone.body.layer1.0.conv2.attention"]
+    first = maps["backbone.body.layer1.0.attention.after_conv1"]
     assert first["height"].shape[:2] == (2, 8)
     assert detector.training
 
@@ -552,7 +552,7 @@ def test_attention_in_chosen_blocks():
     placed = {"attention": "non_local", "position": "after_block"}
     detector = on_paper("faster_rcnn", backbone="resnet50", **placed, blocks=five)
     blocks = ["layer2.1", "layer2.3", "layer3.1", "layer3.3", "layer3.5"]
-    assert list(attentions(detector)) == [f"backbone.body.{block}.attention" for block in blocks]
+    assert list(attentions(detector)) == [f"backbone.body.{block}.attention.after_block" for block in blocks]
     as_option = on_paper("faster_rcnn", backbone="resnet50", **placed, options={"blocks": five})
     assert list(attentions(as_option)) == list(attentions(detector))
 

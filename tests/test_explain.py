@@ -7,6 +7,7 @@ from torch import nn
 from scsa_book.attention import registry
 from scsa_book.explain.faithfulness import blurred, curves, randomised, ranking
 from scsa_book.explain.gates import GateMoments, fold, gates_of
+from scsa_book.explain.initial_gain import initial_gain
 from scsa_book.explain.localisation import auroc, energy_inside, paired_claim, points_inside
 from scsa_book.explain.receptive_field import contributions, side_length
 
@@ -44,7 +45,7 @@ def test_claims_need_pairs_and_are_the_same_again():
         paired_claim([1.0], [0.0])
     a, b = torch.rand(2, 30, generator=torch.Generator().manual_seed(0)).tolist()
     assert paired_claim(a, b) == paired_claim(a, b)
-    assert paired_claim(a, a).verdict == "cannot be told"
+    assert paired_claim(a, a).verdict == "inconclusive"
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 1, 1), (6, 1, 3, 5), (6, 4, 3, 5)])
@@ -157,3 +158,9 @@ def test_randomised_leaves_the_random_state_alone():
     drawn = [torch.rand(1) for _ in randomised(network)]
     assert torch.equal(torch.cat(drawn), expected)
     assert not torch.equal(network[0].weight, network[1].weight)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_the_registry_states_the_initial_gain(name):
+    options = {"sa": {"groups": 8, "shuffle": False}, "sge": {"groups": 8}}.get(name, {})
+    assert initial_gain(name, **options) == pytest.approx(registry.INITIAL_GAINS[name], abs=0.03)

@@ -31,7 +31,7 @@ from scsa_book.networks.placement import (
     maps_of,
     reconnect,
 )
-from scsa_book.networks.sites import BLOCKS, matches, positions, spots
+from scsa_book.networks.sites import BLOCKS, matches, positions, placements
 from scsa_book.networks.small import resnet50_small, resnet101_small, small_resnet
 from scsa_book.networks.small_mobile import mobilenetv2_small, shufflenetv2_small
 
@@ -302,12 +302,12 @@ def test_stages():
     }
     for network in (on_paper(models.resnet18), on_paper(timm.create_model, "resnet18")):
         for position, blocks in expected.items():
-            assert {n: s.channels for n, s in spots(network, position).items()} == blocks
+            assert {n: s.channels for n, s in placements(network, position).items()} == blocks
     shuffle = on_paper(build, "shufflenet_v2_x1_0", 10)
-    assert list(spots(shuffle, "between_stages")) == ["stage2.3", "stage3.7"]
+    assert list(placements(shuffle, "between_stages")) == ["stage2.3", "stage3.7"]
     small = small_resnet(8, 10)
-    assert list(spots(small, "between_stages")) == ["layer1.0", "layer2.0"]
-    assert list(spots(small, "after_last_stage")) == ["layer3.0"]
+    assert list(placements(small, "between_stages")) == ["layer1.0", "layer2.0"]
+    assert list(placements(small, "after_last_stage")) == ["layer3.0"]
     assert "between_stages" not in positions(on_paper(models.mobilenet_v2))
 
 
@@ -337,7 +337,7 @@ def test_every_row_of_the_table_exists_in_a_network():
     ]
     kinds = dict(BLOCKS)
     blocks = [m for net in networks for m in net.modules() if type(m).__name__ in kinds]
-    used = {(type(b).__name__, *spots(b, "before_add")) for b in blocks}
+    used = {(type(b).__name__, *placements(b, "before_add")) for b in blocks}
     ends = {n: [s.child for s in sites.values() if s.role == "before_add"] for n, sites in BLOCKS}
     assert set(ends) == {name for name, _ in used}
     assert used == {

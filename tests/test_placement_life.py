@@ -20,22 +20,31 @@ from torchvision.models import mobilenet, resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from scsa_book.networks.placement import attend, attentions, detach, maps_of
-from scsa_book.networks.sites import spots
+from scsa_book.networks.sites import placements
 
 timm = pytest.importorskip("timm")
 
-ROWS = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 24, 1, 2]]
+ROWS = [[1, 16, 1, 1], [6, 24, 2, 2]]
+
+
+def short(network, width):
+    "A residual network without its last two stages, which are wide."
+    network.layer3 = network.layer4 = nn.Identity()
+    network.fc = nn.Linear(width, 5)
+    return network
+
+
 TRUNKS = {  # few layers, every kind of block
-    "resnet": lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5),
-    "mobilenet": lambda: mobilenet.MobileNetV2(5, width_mult=0.5, inverted_residual_setting=ROWS),
-    "timm": lambda: timm.models.resnet.ResNet(
-        timm.models.resnet.Bottleneck, (1, 1, 1, 1), num_classes=5, channels=(16, 16, 32, 32)
+    "resnet": lambda: short(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1]), 128),
+    "mobilenet": lambda: mobilenet.MobileNetV2(5, inverted_residual_setting=ROWS),
+    "timm": lambda: short(
+        timm.models.resnet.ResNet(timm.models.resnet.Bottleneck, (2, 1, 1, 1), channels=(16, 32, 8, 8)), 128
     ),
 }
 MECHANISMS = {  # plain, with batch normalisation, with buffers
     "se": {"position": "before_add", "reduction": 4},
     "ca": {"position": "before_last_conv"},
-    "fca": {"position": "before_add", "reduction": 4},
+    "fca": {"position": "before_add", "frequencies": "top8"},
 }
 CASES = [(trunk, name) for trunk in TRUNKS for name in MECHANISMS]
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -56,11 +65,11 @@ def built(trunk, name):
 
 def hooked(plain, network, name):
     "The plain network, with hooks that call the attention of the other: right while nothing happens to it."
-    found = spots(built_like(plain), MECHANISMS[name]["position"])
+    found = placements(built_like(plain), MECHANISMS[name]["position"])
     placed = copy.deepcopy(list(attentions(network).values()))
-    for (host, spot), attention in zip(found.items(), placed, strict=True):
+    for (host, placement), attention in zip(found.items(), placed, strict=True):
         layer = plain.get_submodule(host)
-        if spot.side == "before":
+        if placement.side == "before":
             layer.register_forward_pre_hook(lambda m, args, a=attention: (a(args[0]),))
         else:
             layer.register_forward_hook(lambda m, args, out, a=attention: a(out))
@@ -73,7 +82,8 @@ def built_like(plain):
 
 
 def equal(y, expected, tolerance=1e-6):
-    return torch.allclose(y, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    scale = float(expected.detach().abs().max())
+    return torch.allclose(y, expected, rtol=tolerance, atol=tolerance * scale)
 
 
 @pytest.fixture(params=CASES, ids="-".join)
@@ -95,9 +105,17 @@ def fresh():
     torch._dynamo.reset()
 
 
+def diagonal(cases):
+    "Every trunk and every mechanism once; the other combinations are long."
+    first = [c for i, c in enumerate(cases) if i % 4 == 0]
+    return [pytest.param(*c, marks=() if c in first else pytest.mark.slow) for c in cases]
+
+
 @torch.no_grad()
-def test_compiled_in_either_order_each_gives_its_own(case, fresh):
-    plain, network, _, expected = case
+@pytest.mark.parametrize(("trunk", "name"), diagonal(CASES))
+def test_compiled_in_either_order_each_gives_its_own(trunk, name, fresh):
+    plain, network = built(trunk, name)
+    expected = network(X)
     for order in ((plain, network), (network, plain)):
         torch._dynamo.reset()
         by_module = {m: torch.compile(m, backend="eager", fullgraph=True)(X) for m in order}
@@ -118,7 +136,7 @@ def test_attended_after_it_was_compiled(how, fresh):
     assert equal(call(X), plain(X))
     attend(network, "ca", **MECHANISMS["ca"]).load_state_dict(attended.state_dict())
     assert equal(call(X), attended(X))
-    assert len(maps_of(call, X)) == 4
+    assert len(maps_of(call, X)) == 2
     detach(network)
     assert equal(call(X), plain(X))
 
@@ -154,7 +172,6 @@ RECORDED = {
     "pickle": lambda network: pickle.loads(pickle.dumps(network)),
     "save": saved,
     "export": lambda network: torch.export.export(network, (X,), strict=False).module(),
-    "strict export": lambda network: torch.export.export(network, (X,), strict=True).module(),
     "trace": traced,
     "fx": torch.fx.symbolic_trace,
     "averaged": torch.optim.swa_utils.AveragedModel,
@@ -166,6 +183,14 @@ RECORDED = {
 def test_copies_and_records_have_the_attention(case, how):
     _, network, _, expected = case
     assert equal(RECORDED[how](network)(X), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_strict_export(name):
+    _, network = built("resnet", name)
+    program = torch.export.export(network, (X,), strict=True)
+    assert equal(program.module()(X), network(X))
 
 
 @pytest.mark.slow
@@ -188,12 +213,12 @@ def test_scripts_are_refused_with_another_way(case):
 
 def test_copies_share_nothing(case):
     _, network, _, expected = case
-    twin = copy.deepcopy(network)
-    for module in attentions(twin).values():
+    duplicate = copy.deepcopy(network)
+    for module in attentions(duplicate).values():
         for p in module.parameters():
             p.data.fill_(3.0)
     with torch.no_grad():
-        assert not equal(twin(X), expected, 1e-3) and equal(network(X), expected)
+        assert not equal(duplicate(X), expected, 1e-3) and equal(network(X), expected)
 
 
 # ---- converted ----
@@ -305,9 +330,9 @@ def test_adapters_of_peft(case):
 def test_functional_call_takes_the_given_values(case):
     _, network, _, _ = case
     other = {k: v * 0.9 if v.is_floating_point() else v for k, v in network.state_dict().items()}
-    twin = copy.deepcopy(network)
-    twin.load_state_dict(other)
-    assert equal(torch.func.functional_call(network, other, (X,)), twin(X))
+    duplicate = copy.deepcopy(network)
+    duplicate.load_state_dict(other)
+    assert equal(torch.func.functional_call(network, other, (X,)), duplicate(X))
 
 
 @torch.no_grad()
@@ -329,3 +354,64 @@ def test_activation_checkpointing_gives_the_same_gradients(case):
         block.forward = lambda x, f=block.forward: checkpoint(f, x, use_reentrant=False)
     network(X).square().sum().backward()
     assert blocks and all(equal(p.grad, expected[k], 1e-4) for k, p in network.named_parameters())
+
+
+# ---- on several devices ----
+
+
+def step_of_two(rank, folder, results):
+    "What each of two processes computes with DDP and with FSDP2: logits, and gradients of the attention."
+    from torch.distributed import device_mesh, fsdp
+
+    torch.set_num_threads(1)
+    store = f"file://{folder}/group"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    mesh = device_mesh.init_device_mesh("cpu", (2,))
+    for trunk, name in CASES:
+        network = built(trunk, name)[1]
+        for kind in ("ddp", "fsdp"):
+            wrapped = copy.deepcopy(network)
+            if kind == "ddp":
+                wrapped = nn.parallel.DistributedDataParallel(wrapped)
+            else:
+                for block in [m for m in wrapped.modules() if hasattr(m, "attended")]:
+                    fsdp.fully_shard(block, mesh=mesh)
+                fsdp.fully_shard(wrapped, mesh=mesh)
+            y = wrapped(X[rank : rank + 1])
+            y.square().sum().backward()
+            grads = {}
+            for key, p in wrapped.named_parameters():
+                grad = p.grad.full_tensor() if kind == "fsdp" else p.grad
+                grads[key.removeprefix("module.")] = grad.clone()
+            torch.save((y.detach(), grads), f"{results}/{kind}-{trunk}-{name}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    torch.multiprocessing.spawn(step_of_two, (tmp_path, results), nprocs=2)
+    for trunk, name in CASES:
+        network = copy.deepcopy(built(trunk, name)[1])
+        y = network(X)
+        (y.square().sum() / 2).backward()  # the mean over processes
+        own = {k: p.grad for k, p in network.named_parameters()}
+        for kind in ("ddp", "fsdp"):
+            for rank in range(2):
+                logits, grads = torch.load(results / f"{kind}-{trunk}-{name}-{rank}.pt")
+                assert equal(logits, y[rank : rank + 1], 1e-5), (kind, trunk, name)
+                assert set(grads) == set(own)
+                assert all(torch.allclose(g, own[k], rtol=1e-3, atol=1e-4) for k, g in grads.items())
+
+
+def test_what_is_distributed_already_takes_no_attention(tmp_path):
+    plain, _ = built("resnet", "se")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/g", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+        with pytest.raises(ValueError, match=r"DistributedDataParallel.*attend\(\) before it"):
+            attend(wrapped, "se")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not attentions(wrapped)

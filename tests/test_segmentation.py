@@ -354,7 +354,7 @@ def test_attention_maps_of_every_block(name):
     x, _ = batch()
     found = maps_of(network, x)
     assert len(found) == 8 and network.training
-    deepest = found["backbone.layer4.1.bn2.attention"]
+    deepest = found["backbone.layer4.1.attention.after_conv2"]
     sides = {"upernet": (1, 2), "danet": (4, 6)}  # stride 32 and 8
     assert deepest["spatial"].shape == (2, 1, *sides[name])
 

@@ -283,7 +283,7 @@ def test_a_gpu_that_is_taken_is_waited_for(tmp_path, monkeypatch):
 def test_a_second_driver_is_refused(book, capsys):
     folder = sweeps.sweep_folder("three")
     folder.mkdir(parents=True)
-    with FileLock(folder / "lock"), pytest.raises(sweeps.SweepFailed, match="three is being made by another"):
+    with FileLock(folder / "lock"), pytest.raises(sweeps.SweepFailed, match="three is being executed by"):
         sweeps.sweep("three")
 
 

@@ -98,7 +98,7 @@ def metrics(done):
         ({"options": {"reduction": 4}}, "options are given, but no attention"),
         ({"position": "after_conv2"}, "a position is given, but no attention"),
         ({"schedule": "step"}, "'step' needs milestones"),
-        ({"schedule": "step", "milestones": [3, 9]}, r"milestones \[9\] lie after the last epoch \(4\)"),
+        ({"schedule": "step", "milestones": [3, 9]}, r"milestones \[9\] are after the last epoch \(4\)"),
         ({"schedule": "step", "milestones": [3, 2]}, "milestones must rise"),
         ({"warmup_epochs": 4}, "warmup_epochs=4 leaves nothing of epochs=4"),
         ({"paper": "scsa"}, "the preset is not 'paper'"),
@@ -344,7 +344,7 @@ def test_a_run_that_is_asked_to_leave_goes_on_from_that_very_step(where, tmp_pat
     child = child_in_the_middle(config, tmp_path)
     child.terminate()
     said, _ = child.communicate(timeout=60)
-    assert "asked to leave after 2 epochs; the same call goes on" in said and child.returncode == 0
+    assert "terminated after 2 epochs; the same call resumes" in said and child.returncode == 0
     left = sorted(p.name for p in result.run_folder(config, where).glob("*.ckpt"))
     assert left == ["epoch=0000.ckpt", "epoch=0001.ckpt", "epoch=0002-after-0000004.ckpt"]
 
@@ -401,7 +401,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(stopped, whe
     newest.write_bytes(content)
     images = dataset_of(stopped)
     resumed = run.fit(stopped, build_network(stopped, 10), images, where)
-    assert "epoch=0001.ckpt is damaged and passed over" in capsys.readouterr().out
+    assert "epoch=0001.ckpt is damaged and skipped" in capsys.readouterr().out
     whole = train(stopped, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
     assert bytes_of(resumed.network) == bytes_of(whole.network) and metrics(resumed) == metrics(whole)
 

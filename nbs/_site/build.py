@@ -1,4 +1,4 @@
-"""What `make book` does after its set-up: a first site, sample runs, live pages, and the site again.
+"""The steps of `make book` after installation: a first site, sample runs, live pages, and the site again.
 
 Each step is skipped when nothing that it depends on has changed. A site is built beside the one that is
 there, checked, and put in its place whole. Imports of anything heavy stand inside the functions.
@@ -35,7 +35,7 @@ NOT_OF_RUNS = ("evidence", "_modidx.py")  # parts of the library that no run imp
 
 
 def samples_follow(root=ROOT):
-    "What the sample runs depend on: data, run notebooks, the library but for its evidence, versions."
+    "The inputs of the sample runs: data, run notebooks, the library without its evidence, versions."
     library = [p for p in root.glob("scsa_book/**/*.py") if not set(NOT_OF_RUNS) & set(p.parts)]
     others = [p for folder in ("data", "nbs/runs") for p in root.glob(f"{folder}/**/*") if p.is_file()]
     files = [p for p in library + others if not set(MADE_BY_HAND) & set(p.parts)]
@@ -43,19 +43,19 @@ def samples_follow(root=ROOT):
 
 
 def samples_now(follow, root=ROOT):
-    "The sample runs as they are: what they were made from, and their results."
+    "The state of the sample runs: their inputs and results."
     results = sorted(root.glob("nbs/results/sample/*.json"))
     return reader.digest(follow.encode(), digest_of(*results, root=root).encode())
 
 
 def ask(*words, root):
-    "Our Python, asked to do something; the build ends where it fails."
+    "Run our Python with these arguments; the build stops if it fails."
     if code := subprocess.run([sys.executable, *words], cwd=root).returncode:
         sys.exit(code)
 
 
 def sample_runs(root=ROOT):
-    "The experiments on embedded images, a run a core; results of another library, data or versions go."
+    "The experiments on embedded images, one run per core; results with other inputs are removed."
     made_from, done = root / ".cache/samples-made-from", root / ".cache/samples-done"
     follow = samples_follow(root)
     if read(made_from) != follow:
@@ -66,7 +66,7 @@ def sample_runs(root=ROOT):
         write_whole(done, samples_now(follow, root).encode())
 
 
-# ---- live pages: shown with the results that are here
+# ---- live pages: executed with the available results
 
 
 def live_pages(root=ROOT):
@@ -75,7 +75,7 @@ def live_pages(root=ROOT):
 
 
 def live_pages_follow(root=ROOT):
-    "What a live page depends on beside itself: results, data, the library that reads them, versions."
+    "The inputs of a live page besides itself: results, data, the library that reads them, versions."
     patterns = ("nbs/results/**/*.json", "scsa_book/**/*.py", "scsa_book/**/*.csv", "data/**/*")
     files = {p for pattern in patterns for p in root.glob(pattern) if p.is_file()}
     return reader.digest(digest_of(*sorted(files), root=root).encode(), installed().encode())
@@ -86,13 +86,13 @@ def made_from(page, inputs):
 
 
 def is_fresh(page, inputs):
-    "Whether the copy that readers see is what the build would make."
+    "Whether the executed copy of a page is up to date."
     copy = reader.executed_copy(page)
     return copy.exists() and reader.live_of(copy.read_bytes()) == made_from(page, inputs)
 
 
 def refresh(page, inputs):
-    "Execute a live page into the copy that readers see."
+    "Execute a live page into the copy that the site shows."
     import nbformat
     from text import run
 
@@ -104,7 +104,7 @@ def refresh(page, inputs):
 
 
 def refresh_live_pages(root=ROOT):
-    "Execute the live pages that are not fresh, as many at a time as there are cores."
+    "Execute the live pages that are not up to date, one per core at a time."
     inputs = live_pages_follow(root)
     todo = [page for page in live_pages(root) if not is_fresh(page, inputs)]
     if not todo:
@@ -133,7 +133,7 @@ def find_quarto():
 
 
 def fetch_quarto():
-    "Try once a day to put Quarto into this environment; where its download is out of reach, give up soon."
+    "Try once a day to install Quarto into this environment; give up soon if the download is unreachable."
     refused = Path(sys.prefix) / "quarto-out-of-reach"
     in_venv = sys.prefix != sys.base_prefix
     if not in_venv or (refused.exists() and time.time() - refused.stat().st_mtime < A_DAY):
@@ -172,7 +172,7 @@ def render_with_quarto(quarto, out, root):
 
 @contextmanager
 def beside(out):
-    "A folder for a new site, which takes the place of `out` at the end; until then nothing is touched there."
+    "A folder for a new site, which replaces `out` at the end; until then `out` does not change."
     new, old = out.with_name(f"{out.name}_new"), out.with_name(f"{out.name}_old")
     if old.exists() and not out.exists():  # an earlier build was killed between the two renames
         old.rename(out)
@@ -190,7 +190,7 @@ def beside(out):
 
 
 def render(quarto, root=ROOT):
-    "Make the site and check it, or leave it when it is made from the same files; returns its front page."
+    "Make and check the site, unless it is up to date; returns its front page."
     out = root / ("_docs" if quarto else "_preview")
     front = out / ("index.html" if quarto else "nbs/index.html")
     stamp, follow = root / ".cache" / f"site{out.name}", site_follows(root)

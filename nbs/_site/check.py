@@ -1,4 +1,4 @@
-"""Look for what a reader of the built site would stumble over: `python nbs/_site/check.py [FOLDER]`.
+"""Find defects of the built site: `python nbs/_site/check.py [FOLDER]`.
 
 Anything a page would load from another host, local files and anchors that are not there, notation that was
 meant to be rendered (`:::`, `?@fig`, `#| export`). Plain links to other sites are allowed.
@@ -27,13 +27,13 @@ LOADS = {
     "use": ["href", "xlink:href"],
 }
 PASSIVE = {"canonical", "alternate", "prev", "next", "license", "author"}  # <link rel> that loads nothing
-LITERAL = ("script", "style", "pre", "code")  # text that nobody meant to be rendered
+LITERAL = ("script", "style", "pre", "code")  # text that is not rendered
 CSS = re.compile(r"(?:url\(\s*|@import\s+)[\"']?([^\"')\s]+)")
 UNRENDERED = re.compile(r":::|\?@[\w-]+|#\| ?\w+|\{#(?:fig|tbl|eq|sec)-")
 
 
 class Page(HTMLParser):
-    "What a page loads, where it links, which anchors it has, and the text that a reader reads."
+    "The resources, links, anchors and visible text of a page."
 
     def __init__(self, source):
         super().__init__()
@@ -88,22 +88,22 @@ def is_local(address):
 
 
 def target_of(page, address):
-    "The file that a local address on `page` means."
+    "The file of a local address on `page`."
     path = unquote(urlsplit(address).path)
     target = (page.parent / path).resolve() if path else page.resolve()
     return target / "index.html" if target.is_dir() else target
 
 
 class Found(NamedTuple):
-    "What can be told of a page without the others."
+    "The facts about a page that do not depend on other pages."
 
     ids: set
     problems: list
-    targets: dict  # local address -> the file that it means
+    targets: dict  # local address -> its file
 
 
 def look_at(path):
-    "What is wrong on one page, and where it leads."
+    "The defects of one page, and its links."
     page = Page(path.read_text("utf-8"))
     targets = {a: target_of(path, a) for a in dict.fromkeys(page.loads + page.links) if is_local(a)}
     wrong = [f"loads {address}" for address in page.loads if external(address)]
@@ -114,7 +114,7 @@ def look_at(path):
 
 
 def dead_anchors(page, pages):
-    "The addresses of a page with an anchor that the page they lead to does not have."
+    "The addresses of a page whose anchor does not exist on the target page."
     for address, target in page.targets.items():
         anchor = unquote(urlsplit(address).fragment)
         if anchor not in {"", "top"} and target in pages and anchor not in pages[target].ids:
@@ -122,12 +122,12 @@ def dead_anchors(page, pages):
 
 
 def is_page(path):
-    "Not a part of Quarto's own libraries, nor the snippet that is included in every page."
+    "Neither a part of Quarto's own libraries nor the snippet that is included in every page."
     return "site_libs" not in path.parts and path.name != "page.html"
 
 
 def problems(site, cores=None):
-    "One line a problem in the rendered folder `site`; no line when it is as it should be."
+    "One line for each defect in the rendered folder `site`."
     site = Path(site).resolve()
     paths = [path for path in sorted(site.rglob("*.html")) if is_page(path)]
     pages = dict(each("check", look_at, paths, cores))
@@ -145,7 +145,7 @@ def problems(site, cores=None):
 
 def main():
     found = problems(sys.argv[1] if len(sys.argv) > 1 else "_docs")
-    print("\n".join(found) or "nothing from another host, no dead link, nothing left unrendered")
+    print("\n".join(found) or "no resources from other hosts, no dead links, no unrendered notation")
     return bool(found)
 
 

@@ -61,7 +61,7 @@ def is_nbdev(line):
 
 
 def default_module(cells):
-    "Where the notebook's `#| export` cells go."
+    "The module of the notebook's `#| export` cells."
     found = (re.search(r"^#\|\s*default_exp\s+([\w.]+)", text(c), re.M) for c in cells)
     return next((m[1] for m in found if m), None)
 
@@ -70,7 +70,7 @@ def default_module(cells):
 
 
 def code_cell(cell, module):
-    "Quarto's version of a code cell, or None when a reader should not see it."
+    "Quarto's version of a code cell, or None if it is hidden."
     head, body = split_head(text(cell))
     words = {line.split()[0]: line.split()[1:] for line in head if is_nbdev(line)}
     if words.keys() & DROP:
@@ -88,7 +88,7 @@ def code_cell(cell, module):
 
 
 def options_of(words, module):
-    "Quarto's options that say the same as nbdev's words."
+    "Quarto's options that correspond to nbdev's directives."
     options = []
     if "hide_input" in words:
         options.append("echo: false")
@@ -108,7 +108,7 @@ def alternative_text(head):
 
 
 def show(output, prefix, alt):
-    "Make one output safe and handsome on a page, in place."
+    "Adapt one output to the page, in place."
     if output["output_type"] == "stream":
         plain = re.sub(r"\x1b\[[\d;]*m", "", "".join(output["text"]))
         output["text"] = plain.splitlines(keepends=True)
@@ -124,7 +124,7 @@ def show(output, prefix, alt):
 
 
 def theme_svg(svg, prefix, alt):
-    "Inline SVG whose black is the page's ink and whose white is the page's ground; ids unique on the page."
+    "Inline SVG whose black and white become the page's text and background colours; ids unique on the page."
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'(\bid="|url\(#|href="#)', lambda m: m[1] + prefix, svg)
@@ -232,7 +232,7 @@ def links(nb, where, site):
     if not (where and repo) or home or not any(c["cell_type"] == "code" for c in nb["cells"]):
         return []
     if template := (nb["metadata"].get("papermill") or {}).get("input_path"):
-        where = Path("nbs/runs") / Path(template).name  # the executed copy may be nowhere but here
+        where = Path("nbs/runs") / Path(template).name  # the executed copy may exist only here
     path = where.as_posix()
     out = [f"[View the notebook]({repo}/blob/{branch}/{path})", f"`jupyter lab {path}`"]
     if m := re.match(r"https://github\.com/(.+)", repo):
@@ -242,7 +242,7 @@ def links(nb, where, site):
 
 
 def settings(root):
-    "The two scalar settings we need; reading them by pattern spares a YAML library."
+    "The two scalar settings we need; reading them by pattern avoids a YAML library."
     file = root / "_quarto.yml"
     if not file.exists():
         return {}
@@ -253,7 +253,7 @@ def settings(root):
 
 
 def clean(nb, where=None, site=None):
-    "The reader's version of notebook `nb`, which lies at `where` (relative to the root)."
+    "The reader's version of notebook `nb` at the path `where` (relative to the root)."
     cells = merge_parameters(nb["cells"])
     module = default_module(cells)
     kept = []
@@ -285,12 +285,12 @@ def digest(*parts):
 
 
 def executed_copy(path):
-    "Where the build keeps the executed copy of a page that reads result files."
+    "The path of the executed copy of a page that reads result files."
     return path.parent / ".built" / path.name
 
 
 def live_of(raw):
-    "What the build executed a copy from."
+    "The inputs from which the build executed a copy."
     return json.loads(raw)["metadata"].get("live", {})
 
 

@@ -1,4 +1,4 @@
-"""The same work for many things, a process a core, with a bar that tells how long it will take."""
+"""The same work for many items, one process per core, with a progress bar and the remaining time."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from tqdm import tqdm
 
-FEW = 8  # things for which starting processes is not worth it
+FEW = 8  # items for which starting processes is not worth it
 
 
 def usable_cores():
@@ -15,18 +15,18 @@ def usable_cores():
 
 
 def shown(results, many, what):
-    "`results` as they come, with a bar where there is a terminal."
+    "`results` as they come, with a progress bar on a terminal."
     return tqdm(results, total=many, desc=what, disable=None, leave=False)
 
 
 def tell(line):
-    "A line of its own, above a bar that is being shown."
+    "A line above the progress bar."
     tqdm.write(line)
     sys.stdout.flush()
 
 
 def each(what, work, things, cores=None):
-    "Pairs of a thing and `work` of it, in order; `cores` processes, by default as many as there are cores."
+    "Pairs of an item and its result of `work`, in order; `cores` processes, by default one per core."
     cores = min(cores or usable_cores(), len(things))
     if cores < 2 or len(things) <= FEW:
         return ((thing, work(thing)) for thing in shown(things, len(things), what))

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"eq": "Equation", "fig": "Figure", "tbl": "Table", "sec": "Section", "lst": "Listing"}
 TEMPLATE = Template(Path(__file__).with_name("preview.html").read_text("utf-8"))
 
-# Code, in fences or between backticks, in which nothing below means what it says.
+# Code, in fences or between backticks, in which no notation below applies.
 CODE = r"(^```.*?^```|`[^`\n]+`)"
 MATH = re.compile(
     CODE + r"|\$\$(.+?)\$\$(?:\s*\{#([\w-]+)\})?|(?<![\\\w$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)", re.S | re.M
@@ -67,7 +67,7 @@ def contents(items, root, depth=0):
 
 
 def matched(pattern, root, depth):
-    "What Quarto makes of `auto: folder/*/*.ipynb`: each folder by its index page, the other pages under it."
+    "Like Quarto's `auto: folder/*/*.ipynb`: each folder by its index page, the other pages under it."
     visible = (p for p in root.glob(pattern) if not p.parent.name.startswith("."))
     found = sorted(visible, key=lambda p: (p.parent, p.stem != "index", p.name.upper()))
     for path in found:
@@ -188,7 +188,7 @@ class Page:
         source = CITATION.sub(self.citation, MATH.sub(self.formula, source))
         return re.sub(r"\A\s*<p>(.*)</p>\s*\Z", r"\1", markdown2html(source), flags=re.S)
 
-    # -- what Markdown does not know; each takes a match of its pattern
+    # -- notation beyond Markdown; each takes a match of its pattern
 
     def formula(self, m):
         code, display, name, inline = m.groups()
@@ -301,11 +301,11 @@ def identifier(words, taken):
     return next(copy for copy in copies if copy not in taken)
 
 
-# ---- pages that are kept
+# ---- cached pages
 
 
 class Converted(NamedTuple):
-    "What the rest of the book needs of a page."
+    "The parts of a page that other pages need."
 
     title: str
     description: str | None
@@ -322,7 +322,7 @@ def convert_page(job):
 
 
 def what_all_pages_follow(root):
-    "What every page depends on beside its notebook: bibliography, address, these tools and their packages."
+    "The inputs of every page besides its notebook: bibliography, address, these tools and their packages."
     tools = (Path(__file__).with_name(name).read_bytes() for name in ("preview.py", "filter.py"))
     bib, site = root / "nbs/references.bib", reader.settings(root)
     given = bib.read_bytes() if bib.exists() else b""
@@ -330,7 +330,7 @@ def what_all_pages_follow(root):
 
 
 def key_of(path, root, common):
-    "What a page depends on: `common`, its place, its notebook, and the copy of it that the build executed."
+    "The inputs of a page: `common`, its path, its notebook, and its executed copy."
     place, copy = path.relative_to(root).as_posix().encode(), reader.executed_copy(path)
     return reader.digest(
         common.encode(), place, path.read_bytes(), copy.read_bytes() if copy.exists() else b""
@@ -341,12 +341,12 @@ def kept(file):
     "A page as it was converted before, or None."
     try:
         return Converted(*json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError):  # not there, torn, or of another shape
+    except (OSError, ValueError, TypeError):  # missing, damaged, or of another format
         return None
 
 
 def converted(paths, root, cores=None):
-    "Path -> its page; what is not kept yet is converted, a process a core, and kept."
+    "Path -> its page; pages that are not cached yet are converted, one process per core, and cached."
     folder, common = root / ".cache/pages", what_all_pages_follow(root)
     files = {path: folder / f"{key_of(path, root, common)}.json" for path in paths}
     pages = {path: kept(file) for path, file in files.items()}

@@ -44,9 +44,9 @@ def section(cell):
 
 
 def standalone(svg):
-    "The figure as a file of its own: nothing below it to show through, ink that follows the reader's theme."
+    "The figure as a separate file: transparent background, colour that follows the reader's theme."
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
-    svg = svg.replace("fill: #ffffff", "fill: none", 1)  # the ground of the whole figure
+    svg = svg.replace("fill: #ffffff", "fill: none", 1)  # the background of the whole figure
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
     svg = re.sub(r"(<svg [^>]*>)", r"\1" + INK, svg, count=1)
     return re.sub(r"[ \t]+$", "", svg, flags=re.M).strip() + "\n"

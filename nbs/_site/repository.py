@@ -1,4 +1,4 @@
-"""What follows from `repo_url` in settings.ini: the hidden setup cell of every notebook, and Quarto's links.
+"""What depends on `repo_url` in settings.ini: the hidden setup cell of every notebook, and Quarto's links.
 
 `python nbs/_site/repository.py` writes both; a test holds them together.
 """
@@ -16,7 +16,7 @@ import importlib.util
 
 if importlib.util.find_spec("scsa_book") is None:
     raise ModuleNotFoundError("scsa_book is missing: run `make lab` in the folder of the book")"""
-# On Colab the requirements are lower bounds only, so the torch that is there stays.
+# On Colab the requirements are lower bounds only, so the installed torch stays.
 COLAB = f"""\
 #| hide
 {MARK}

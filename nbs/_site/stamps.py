@@ -1,4 +1,4 @@
-"""How the build knows that what it made is what it would make again: digests of all that it was made from."""
+"""How the build knows that its results are up to date: digests of all inputs."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import filter as reader
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, in a file
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota or file size limit
 
 
 @cache
@@ -21,13 +21,13 @@ def installed():
 
 
 def digest_of(*files, root):
-    "One fingerprint of files and of their places below `root`."
+    "One fingerprint of files and of their paths below `root`."
     parts = ((path.relative_to(root).as_posix().encode(), path.read_bytes()) for path in files)
     return reader.digest(*(part for pair in parts for part in pair))
 
 
 def write_whole(path, content):
-    "Write bytes to `path`, whole or not at all."
+    "Write bytes to `path`, completely or not at all."
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -39,5 +39,5 @@ def write_whole(path, content):
 
 
 def read(path):
-    "What a stamp says; nothing where there is none."
+    "The contents of a stamp; empty if there is none."
     return path.read_text() if path.exists() else ""

@@ -37,7 +37,7 @@ def pull(path):
 
 
 def with_setup_cell(cells, folder):
-    "The setup cell stands before the first code cell but `default_exp`; pages without code need none."
+    "Insert the setup cell before the first code cell except `default_exp`; pages without code need none."
     code = [i for i, c in enumerate(cells) if c.cell_type == "code" and "#| default_exp" not in c.source]
     if not code:
         return cells
@@ -69,7 +69,7 @@ def push(path):
 
 
 def drop_stale_outputs(new, old):
-    "jupytext pairs cells that are alike; what other code printed is not the output of this code."
+    "jupytext pairs similar cells; the outputs of other code are dropped."
     code = {c.id: split_head(c.source)[1] for c in old.cells}
     for cell in new.cells:
         if cell.cell_type == "code" and split_head(cell.source)[1] != code.get(cell.id):
@@ -77,7 +77,7 @@ def drop_stale_outputs(new, old):
 
 
 def metadata_of(notebook):
-    "What of a notebook's metadata is kept in version control."
+    "The metadata of a notebook that are kept in version control."
     return {"kernelspec": KERNEL, **{k: v for k, v in notebook.metadata.items() if k == "papermill"}}
 
 
@@ -88,13 +88,13 @@ def fresh_id(words, taken):
 
 
 def run(notebook, folder):
-    "Execute `notebook` in place as if it lay in `folder`, without what differs from run to run."
+    "Execute `notebook` in place as if it were in `folder`, without metadata that differ between runs."
     from nbclient import NotebookClient
 
     # Figures and numbers must not depend on how many cores the author has.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     where = {"metadata": {"path": str(folder)}}
-    quiet = ["--log-level=ERROR"]  # or the kernel remarks on every start that it talks over the loopback
+    quiet = ["--log-level=ERROR"]  # no message at every start that the kernel uses the loopback address
     NotebookClient(notebook, timeout=600, resources=where, extra_arguments=quiet).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

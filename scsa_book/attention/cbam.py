@@ -92,7 +92,7 @@ class SpatialLogits(nn.Module):
             nn.init.zeros_(self.norm.weight)
 
     def squeezed(self, x: Tensor, s_c: Tensor) -> Tensor:
-        "The summaries of a map times the gates of its channels."
+        "The pooled maps of the map times its channel gates."
         if self.squeeze is channel_extremes:
             return gated_extremes(x, s_c)
         return self.squeeze(x * s_c)

@@ -17,7 +17,7 @@ from ..operators.strips import strip_average
 
 # %% ../../nbs/hybrid/ema.ipynb #5a3ea936
 class CrossSpatial(nn.Module):
-    "One logit for each place of a group of channels: (N, c, H, W) -> (N, H, W)."
+    "One logit for each position of a group of channels: (N, c, H, W) -> (N, H, W)."
 
     def __init__(self, channels: int, **kw):
         super().__init__()
@@ -33,8 +33,8 @@ class CrossSpatial(nn.Module):
         return self.norm(gate_axes(g, u_h[..., None], u_w[:, :, None]))
 
     def branch_3x3(self, g: Tensor, z_w: Tensor) -> tuple[Tensor, Tensor]:
-        "The second, mixed by shares that are known, and its shares: (N, H, W), (N, c)."
-        # For every image, the mean of the other branch is the bias of its norm.
+        "The second branch, summed with fixed weights, and its weights: (N, H, W), (N, c)."
+        # For every image, the mean of the first branch is the bias of its norm.
         known = self.norm.bias.softmax(0)
         mixed, mean = mixture_and_mean(g, z_w, self.conv.weight, self.conv.bias, known)
         return mixed, mean.softmax(1)

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['PAIRWISE', 'POOLS', 'ENTRY', 'tokens', 'as_map', 'gaussian_weights', 'dot_weights', 'concatenation_weights',
-           'fused_attention', 'PairwiseAttention', 'NonLocalBase', 'initialise', 'make_layers', 'NonLocal']
+           'fused_attention', 'single_precision', 'PairwiseAttention', 'NonLocalBase', 'initialise', 'make_layers',
+           'NonLocal']
 
 # %% ../../nbs/spatial/non-local.ipynb #1c98b5df
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,10 +73,21 @@ def fused_attention(
     return F.scaled_dot_product_attention(*heads, scale=factor)[:, 0]
 
 # %% ../../nbs/spatial/non-local.ipynb #aa9f8011
+def single_precision(device: torch.device):
+    "A context in which autocast does not change matrix products."
+    if device.type == "meta":  # which autocast does not know
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+# %% ../../nbs/spatial/non-local.ipynb #ad250867
 class PairwiseAttention(Attention):
     "Attention between positions; a subclass defines `embed` and `finish`."
 
     factor = 1.0  # what the dot products are multiplied by
+
+    def as_parameters(self, x: Tensor) -> Tensor:
+        "`x` in the precision of the parameters."
+        return x.to(next(self.parameters()).dtype)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         "The weight of each key (column) for each query (row): (B, N, M)."
@@ -85,15 +99,20 @@ class PairwiseAttention(Attention):
 
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         "`pairwise`: the weight of position m for position n (row), (B, N, M)."
-        q, k, _ = self.embed(x)
-        return {"pairwise": self.weights(q, k)}
+        with single_precision(x.device):
+            q, k, _ = self.embed(self.as_parameters(x))
+            return {"pairwise": self.weights(q, k)}
 
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The output for given weights, such as those of `attention_maps(x)`."
-        return self.finish(x, maps["pairwise"] @ self.embed(x)[2])
+        with single_precision(x.device):
+            u = self.as_parameters(x)
+            return self.finish(u, maps["pairwise"] @ self.embed(u)[2]).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.finish(x, self.aggregate(*self.embed(x)))
+        with single_precision(x.device):
+            u = self.as_parameters(x)
+            return self.finish(u, self.aggregate(*self.embed(u))).to(x.dtype)
 
 # %% ../../nbs/spatial/non-local.ipynb #38c75af0
 class NonLocalBase(PairwiseAttention):

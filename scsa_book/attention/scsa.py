@@ -36,17 +36,17 @@ class SCSA(Attention):
         channels: int,  # C, a multiple of the number of kernels and of heads
         *,
         order: str = "spatial-channel",  # or "channel-spatial", "spatial", "channel"
-        kernels: tuple[int, ...] = (3, 5, 7, 9),  # SMSA: odd sizes, one a group
-        norm: str = "group",  # SMSA: or "batch", each channel over places and images
+        kernels: tuple[int, ...] = (3, 5, 7, 9),  # SMSA: odd sizes, one per group
+        norm: str = "group",  # SMSA: or "batch", each channel over positions and images
         norm_first: bool = False,  # SMSA: normalise before the convolutions
         shared: bool = True,  # SMSA: one set of convolutions for rows and columns
         heads: int = 1,  # PCSA: blocks of channels that attend among themselves
         shuffle: bool = False,  # PCSA: each head has every m-th channel, not a block
-        scale: str = "channels",  # PCSA: divides scores; or "windows", "none"
+        scale: str = "channels",  # PCSA: divides the logits; or "windows", "none"
         window: int | None = 7,  # PCSA: in places, clipped to the map; None: all
         pool: str = "average",  # PCSA: of a window; or "maximum", "recombination"
         qkv_bias: bool = False,  # PCSA: biases of query, key and value
-        dropout: float = 0.0,  # PCSA: share of the matrix dropped in training
+        dropout: float = 0.0,  # PCSA: fraction of the matrix dropped in training
         gate: str = "sigmoid",  # or "softmax", for all three maps
         device=None,
         dtype=None,

@@ -76,8 +76,8 @@ class SMSA(Attention):
         self,
         channels: int,  # C, a multiple of the number of kernels
         *,
-        kernels: tuple[int, ...] = (3, 5, 7, 9),  # odd sizes in places, one a group
-        norm: str = "group",  # or "batch": each channel over places and images
+        kernels: tuple[int, ...] = (3, 5, 7, 9),  # odd sizes, one per group
+        norm: str = "group",  # or "batch": each channel over positions and images
         norm_first: bool = False,  # normalise before the convolutions, not after
         shared: bool = True,  # False: columns have convolutions of their own
         gate: str = "sigmoid",  # or "softmax": the gates of an axis share one

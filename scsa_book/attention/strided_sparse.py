@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Entry, check_positive
+from .non_local import single_precision
 
 # %% ../../nbs/spatial/strided-sparse.ipynb #0ae5c4ba
 PATTERNS = ("local", "strided", "fixed")
@@ -182,8 +183,10 @@ class PatternAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         rule = self.rule(x)
-        received = [sparse_attention(*qkv, p, *rule) for p, qkv in self.split(x)]
-        return self.finish(x, received)
+        with single_precision(x.device):  # logits do not stand half precision under autocast
+            u = x.to(self.qkv.weight.dtype)
+            received = [sparse_attention(*qkv, p, *rule) for p, qkv in self.split(u)]
+            return self.finish(u, received).to(x.dtype)
 
 # %% ../../nbs/spatial/strided-sparse.ipynb #4a1715fe
 class StridedSparse(PatternAttention):
@@ -221,11 +224,15 @@ class StridedSparse(PatternAttention):
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         "By pattern: the weight of position m for n (row), (B, heads of the pattern, N, N)."
         rule = self.rule(x)
-        return {p: dense_weights(q, k, p, *rule) for p, (q, k, _) in self.split(x)}
+        with single_precision(x.device):
+            parts = self.split(x.to(self.qkv.weight.dtype))
+            return {p: dense_weights(q, k, p, *rule) for p, (q, k, _) in parts}
 
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The output for given weights, such as those of `attention_maps(x)`."
-        return self.finish(x, [maps[p] @ v for p, (_, _, v) in self.split(x)])
+        with single_precision(x.device):
+            u = x.to(self.qkv.weight.dtype)
+            return self.finish(u, [maps[p] @ v for p, (_, _, v) in self.split(u)]).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, patterns={self.patterns}, heads={self.heads}"

@@ -29,7 +29,7 @@ from ..paths import DataError
 # %% ../../nbs/training/annotations.ipynb #63950586
 @dataclass(frozen=True)
 class AnnotatedImage:
-    "A picture on disk and what is in it; the arrays have one row an object."
+    "An image on disk and its objects; the arrays have one row for each object."
 
     file: Path
     height: int
@@ -37,23 +37,22 @@ class AnnotatedImage:
     image_id: int
     boxes: np.ndarray  # float32 (N, 4): left, top, right, bottom
     labels: np.ndarray  # int64 (N,), from 1; 0 for a crowd of any class
-    crowd: np.ndarray  # bool (N,): not to be learned, and neither hit nor miss when tested
+    crowd: np.ndarray  # bool (N,): not used in training, and ignored in evaluation
     area: np.ndarray  # float32 (N,) in pixels, of the mask where there is one
     outlines: tuple | None  # N masks: lists of polygons, or run lengths; None: boxes only
 
 # %% ../../nbs/training/annotations.ipynb #d58e2231
 @dataclass(frozen=True)
 class Annotations:
-    "One half of a data set."
-
-    split: str  # which half
+    "One split of a dataset."
+    split: str  # its name
     classes: tuple[str, ...]  # the name of label i is classes[i - 1]
     images: tuple[AnnotatedImage, ...]
     notes: tuple[str, ...] = ()  # what was clipped or left out, and where
 
 # %% ../../nbs/training/annotations.ipynb #2aff9956
 class AnnotatedObject(NamedTuple):
-    "An object as a reader found it."
+    "An object as read from a file."
 
     where: str  # file and line or object, for messages
     box: Sequence[float]  # left, top, right, bottom
@@ -85,7 +84,7 @@ def annotated_image(
     found: Iterable[AnnotatedObject],
     notes: list[str],
 ) -> AnnotatedImage:
-    "A picture with the objects that have an area inside it."
+    "An image with the objects that have an area inside it."
     height, width = size
     kept = [(f, box) for f in found if (box := clip_box(f, width, height, notes))]
     boxes = np.array([box for _, box in kept], np.float32).reshape(-1, 4)
@@ -189,7 +188,7 @@ def load_json(path: Path) -> dict:
 
 # %% ../../nbs/training/annotations.ipynb #8a6bed7b
 def field(entry: dict, name: str, where: str):
-    "A field of a JSON object; DataError if it is not there."
+    "A field of a JSON object; DataError if it is missing."
     if not isinstance(entry, dict) or name not in entry:
         raise DataError(f"no field {name!r}", where, COCO_REMEDY)
     return entry[name]
@@ -449,7 +448,7 @@ def masks_of(image: AnnotatedImage) -> np.ndarray:
 # %% ../../nbs/training/annotations.ipynb #93cfa319
 VOC_REMEDY = (
     "A VOC folder has Annotations/NAME.xml, JPEGImages/NAME.jpg and ImageSets/Main/SPLIT.txt, "
-    "one NAME a line."
+    "one NAME per line."
 )
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -543,7 +542,7 @@ def within_turned(image: Path, size: tuple[int, int], found: Iterable[AnnotatedO
 
 # %% ../../nbs/training/annotations.ipynb #f454f3c2
 def read_lines(path: Path, remedy: str) -> list[tuple[str, str]]:
-    "The lines of a text file that hold something, each with where it is."
+    "The lines of a text file that are not empty, each with file and line number."
     lines = enumerate(text_of(path, remedy).splitlines(), 1)
     return [(line, f"{path}, line {i}") for i, line in lines if line.strip()]
 
@@ -595,7 +594,7 @@ def exdark_objects(path: Path) -> list[AnnotatedObject]:
 
 # %% ../../nbs/training/annotations.ipynb #5f61e879
 def exdark_listed(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
-    "Class folder and file name of each picture of `splits`, in the order of the list."
+    "Class folder and file name of each image of `splits`, in the order of the list."
     wanted, listed = {EXDARK_SPLITS[s] for s in splits}, []
     for line, where in read_lines(folder / "imageclasslist.txt", EXDARK_REMEDY)[1:]:
         name, *codes = line.split()

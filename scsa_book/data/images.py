@@ -30,7 +30,7 @@ from ..paths import DataError, data_root as chosen_root, download_folder
 
 # %% ../../nbs/training/data.ipynb #cbd803a6
 class BatchIndices(NamedTuple):
-    "What a loader asks a set for: which pictures, and the seed of their random changes."
+    "The index of a dataset: which images, and the seed of their augmentation."
 
     indices: Tensor
     seed: int = 0
@@ -38,7 +38,7 @@ class BatchIndices(NamedTuple):
 # %% ../../nbs/training/data.ipynb #a6b11f03
 @contextlib.contextmanager
 def seeded(seed: int):
-    "Random numbers of the CPU from `seed` in the block; after it the generator is as before."
+    "Seeds the CPU's random number generator in the block; afterwards its state is restored."
     state = torch.random.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -48,13 +48,13 @@ def seeded(seed: int):
 
 # %% ../../nbs/training/data.ipynb #dd08a94e
 class TensorImages(Dataset):
-    "Pictures in memory: uint8 (N, C, H, W) and int64 (N,)."
+    "Images in memory: uint8 (N, C, H, W) and int64 (N,)."
 
     def __init__(
         self,
         images: Tensor,
         labels: Tensor,
-        augment: Callable | None = None,  # a random change of one picture, bytes to bytes
+        augment: Callable | None = None,  # augmentation of one image, bytes to bytes
     ):
         self.images, self.labels, self.augment = images, labels, augment
 
@@ -70,7 +70,7 @@ class TensorImages(Dataset):
 
 # %% ../../nbs/training/data.ipynb #9babeb79
 DAMAGED = "Replace or remove the file."
-AWAY = "It was there before: put the data back, and the same call goes on from its checkpoint."
+AWAY = "It existed before: restore the data, and the same call resumes from its checkpoint."
 
 # %% ../../nbs/training/data.ipynb #f15b956d
 @contextlib.contextmanager
@@ -79,7 +79,8 @@ def open_image(path: Path, remedy: str = DAMAGED):
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
+        # by its bytes: of a TIFF opened by its name Pillow maps the rows in the size after turning
+        with open(path, "rb") as stream, Image.open(stream) as file:
             yield file
     except DataError:
         raise
@@ -180,7 +181,7 @@ class FolderImages(Dataset):
 
 # %% ../../nbs/training/data.ipynb #dc8f581a
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-LAYOUT = "A folder of pictures has train/CLASS/*.jpg and val/CLASS/*.jpg (ImageNet's layout)."
+LAYOUT = "A folder of images has train/CLASS/*.jpg and val/CLASS/*.jpg (ImageNet's layout)."
 
 # %% ../../nbs/training/data.ipynb #21825d44
 FOREIGN = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "lost+found")
@@ -265,18 +266,18 @@ def fingerprint_of_files(folder: Path, paths: list[Path]) -> str:
 # %% ../../nbs/training/data.ipynb #212dbd1d
 @dataclass(frozen=True)
 class Facts:
-    "What is known of a set before it is read."
+    "Facts about a dataset that are known before it is read."
 
     classes: int
     shape: tuple[int, int, int]  # channels, height, width
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    remedy: str  # how to get the set
+    remedy: str  # how to get the dataset
 
 # %% ../../nbs/training/data.ipynb #a4000712
 IMAGENET = Facts(
     1000, (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225),
-    f"{LAYOUT} ImageNet itself is given out at https://image-net.org after registration.",
+    f"{LAYOUT} ImageNet itself is available at https://image-net.org after registration.",
 )  # fmt: skip
 FACTS = {
     "fashion-mnist": Facts(10, (1, 28, 28), (0.287,), (0.353,), fashion.REMEDY),
@@ -305,7 +306,7 @@ def facts(name: str) -> Facts:
 
 # %% ../../nbs/training/data.ipynb #f099b08c
 def fashion_mnist(folder: Path | None = None) -> ImageDataset:
-    "The embedded sample as a set."
+    "The embedded sample as a dataset."
     train, test = (fashion.load_split(split, folder) for split in ("train", "test"))
     known = FACTS["fashion-mnist"]
     return ImageDataset(
@@ -342,7 +343,7 @@ def download_cifar100(root: Path) -> None:
 
 # %% ../../nbs/training/data.ipynb #d5a251ed
 def as_tensors(split) -> tuple[Tensor, Tensor]:
-    "uint8 (N, 3, 32, 32) and int64 (N,) of torchvision's set."
+    "uint8 (N, 3, 32, 32) and int64 (N,) of torchvision's dataset."
     images = torch.from_numpy(split.data).permute(0, 3, 1, 2)
     return images.contiguous(), torch.tensor(split.targets)
 
@@ -367,7 +368,7 @@ def cifar100(root: Path | str | None = None) -> ImageDataset:
 
 # %% ../../nbs/training/data.ipynb #7cd81faa
 def crops(size: int = 224) -> tuple[Callable, Callable]:
-    "The transforms of ImageNet training and testing, PIL picture to uint8 (3, size, size)."
+    "The training and evaluation transforms of ImageNet, PIL image to uint8 (3, size, size)."
     train = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     test = [v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()]
     return v2.Compose(train), v2.Compose(test)
@@ -391,7 +392,7 @@ def image_folder(name: str, root: Path | str | None = None) -> ImageDataset:
 
 # %% ../../nbs/training/data.ipynb #dcf95cee
 def subset(dataset: Dataset, n: int | None) -> Dataset:
-    "The first `n` pictures of a set when the classes take turns; all of them for None."
+    "The first `n` images of a dataset, classes in turn; all of them for None."
     if n is None or n >= len(dataset):
         return dataset
     chosen = fashion.in_turn(dataset.labels)[:n]
@@ -404,10 +405,10 @@ def subset(dataset: Dataset, n: int | None) -> Dataset:
 def load_dataset(
     name: str,  # fashion-mnist, cifar100, imagenet or folder:NAME
     root: Path | str | None = None,  # the data root; SCSA_BOOK_DATA by default
-    train_images: int | None = None,  # only so many training pictures
-    test_images: int | None = None,  # only so many test pictures
+    train_images: int | None = None,  # number of training images; None: all
+    test_images: int | None = None,  # number of test images; None: all
 ) -> ImageDataset:
-    "A set by its name; DataError if it is missing or damaged, ValueError for an unknown name."
+    "A dataset by its name; DataError if it is missing or damaged, ValueError if unknown."
     facts(name)
     if name == "fashion-mnist":
         found = fashion_mnist()

@@ -23,28 +23,28 @@ def derived_seed(*parts) -> int:
 
 # %% ../../nbs/training/loading.ipynb #7f2fbe84
 def shuffled(total: int, seed: int, epoch: int, rounds: int = 1) -> torch.Tensor:
-    "The numbers below `total` in an order that follows from seed and epoch, `rounds` times."
+    "The indices below `total` in an order that follows from seed and epoch, `rounds` times."
     turns = [(seed, "order", epoch, *([turn] if turn else [])) for turn in range(rounds)]
     seeds = [derived_seed(*turn) for turn in turns]
     return torch.cat([torch.randperm(total, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 # %% ../../nbs/training/loading.ipynb #8c69c35a
 class EpochSampler(Sampler):
-    "The draws of one epoch, each a batch, or one process's share of it."
+    "The draws of one epoch, each a batch or one process's share of it."
 
     def __init__(
         self,
-        total: int,  # pictures of the set
-        batch_size: int,  # pictures of a step, over all processes
+        total: int,  # images in the dataset
+        batch_size: int,  # images of a step, over all processes
         seed: int,
         shuffle: bool = True,
         rank: int = 0,  # number of this process
-        world: int = 1,  # how many processes there are
-        steps: int | None = None,  # of an epoch; None: once through the set
+        world: int = 1,  # number of processes
+        steps: int | None = None,  # per epoch; None: once through the dataset
     ):
         self.total, self.batch_size, self.seed, self.shuffle = total, batch_size, seed, shuffle
         self.rank, self.world, self.steps = rank, world, steps
-        self.epoch = self.seen = 0  # seen: draws of this epoch that an earlier start had
+        self.epoch = self.seen = 0  # seen: draws of this epoch before it was resumed
 
     def set_epoch(self, epoch: int) -> None:
         "Lightning calls this before each epoch."
@@ -52,7 +52,7 @@ class EpochSampler(Sampler):
             self.epoch, self.seen = epoch, 0
 
     def order(self) -> torch.Tensor:
-        "Indices in the order of this epoch: as often through the set as its steps take."
+        "Indices in the order of this epoch, through the dataset as often as its steps need."
         if not self.shuffle:
             return torch.arange(self.total)
         rounds = math.ceil((self.steps or 0) * self.batch_size / self.total) or 1
@@ -61,7 +61,7 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         if self.steps:
             return self.steps
-        # batch statistics need two pictures in each process
+        # batch statistics need two images in each process
         smallest = 2 * self.world if self.shuffle else 1
         return self.total // self.batch_size + (self.total % self.batch_size >= smallest)
 
@@ -73,7 +73,7 @@ class EpochSampler(Sampler):
 
 # %% ../../nbs/training/loading.ipynb #2945d9de
 def good_workers(dataset: Dataset) -> int:
-    "How many worker processes keep a loader ahead of the network."
+    "The number of worker processes that keep a data loader ahead of the network."
     if not isinstance(dataset, TensorImages):
         return min(16, usable_cores())
     fast = torch.cuda.is_available() and len(dataset) > 20_000
@@ -81,7 +81,7 @@ def good_workers(dataset: Dataset) -> int:
 
 # %% ../../nbs/training/loading.ipynb #ce6affc6
 class CatchDataErrors(Dataset):
-    "A set that answers a draw with a DataError instead of raising it."
+    "A dataset that returns a DataError instead of raising it."
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -97,7 +97,7 @@ class CatchDataErrors(Dataset):
 
 # %% ../../nbs/training/loading.ipynb #bb28089c
 class Loader(DataLoader):
-    "A DataLoader that raises the DataError of a worker process as it is."
+    "A DataLoader that raises the DataError of a worker process unchanged."
 
     def __iter__(self) -> Iterator:
         for batch in super().__iter__():
@@ -107,7 +107,7 @@ class Loader(DataLoader):
 
 # %% ../../nbs/training/loading.ipynb #fc4b3c42
 def loader(dataset: Dataset, sampler: EpochSampler, workers: int) -> Loader:
-    "A DataLoader whose batches are the answers to `sampler`."
+    "A DataLoader whose batches are the draws of `sampler`."
     return Loader(
         CatchDataErrors(dataset),
         sampler=sampler,
@@ -115,12 +115,12 @@ def loader(dataset: Dataset, sampler: EpochSampler, workers: int) -> Loader:
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or the loader would draw from the run's own generator
+        generator=torch.Generator(),  # so that the loader does not use the run's own generator
     )
 
 # %% ../../nbs/training/loading.ipynb #35ce8589
 class ImageModule(L.LightningDataModule):
-    "Loaders of an ImageDataset for a Trainer."
+    "Data loaders of an ImageDataset for a Trainer."
 
     def __init__(
         self,
@@ -128,14 +128,14 @@ class ImageModule(L.LightningDataModule):
         batch_size: int,  # over all processes
         seed: int,
         workers: int | None = None,  # None: good_workers
-        steps: int | None = None,  # of an epoch; None: once through the set
+        steps: int | None = None,  # per epoch; None: once through the dataset
     ):
         super().__init__()
         self.images, self.batch_size = images, batch_size
         self.seed, self.workers, self.steps = seed, workers, steps
 
     def sampler(self, dataset: Dataset, shuffle: bool) -> EpochSampler:
-        t = self.trainer  # None while the module stands alone
+        t = self.trainer  # None without a Trainer
         rank, world = (t.global_rank, t.world_size) if t else (0, 1)
         steps = self.steps if shuffle else None
         return EpochSampler(len(dataset), self.batch_size, self.seed, shuffle, rank, world, steps)

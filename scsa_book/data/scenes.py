@@ -20,20 +20,20 @@ RANGES = {
     "overlap": (0, 0.9), "brightness": (0.02, 1), "noise": (0, 0.5), "tail": (0, 3),
     "seed": (0, 2**32 - 1),
 }  # fmt: skip
-SMALLEST = 4  # pixels of the longer side below which a garment is a blot
+SMALLEST = 4  # pixels of the longer side; below, a garment is not recognisable
 
 # %% ../../nbs/training/scenes.ipynb #70bbd7a1
 @dataclass(frozen=True)
 class SceneOptions:
-    "What scenes are like."
+    "The options of scenes."
 
-    side: int = 96  # of the picture, in pixels
-    objects: int = 5  # in a picture, on average; from half of it to one and a half times it
-    size: float = 0.3  # longer side of an object as a share of the picture's side
-    spread: float = 1.3  # sizes lie between size / spread and size * spread
-    overlap: float = 0.3  # largest share of an object that others may hide
+    side: int = 96  # of the image, in pixels
+    objects: int = 5  # mean number in an image; uniform from 0.5 to 1.5 times the mean
+    size: float = 0.3  # longer side of an object as a share of the image's side
+    spread: float = 1.3  # sizes are between size / spread and size * spread
+    overlap: float = 0.3  # largest share of an object that others may occlude
     brightness: float = 1.0  # of the light
-    noise: float = 0.02  # standard deviation of the camera's noise, where white is 1
+    noise: float = 0.02  # standard deviation of the camera's noise; white is 1
     tail: float = 0.0  # class k has a share of (k + 1) ** -tail; 0: all the same
     seed: int = 0
 
@@ -47,7 +47,7 @@ class SceneOptions:
 
 # %% ../../nbs/training/scenes.ipynb #87e319a3
 def check_option(name: str, value: float, whole: bool) -> None:
-    "ValueError for a value that is no number or outside the range of its dial."
+    "ValueError for a value that is not a number or is outside of its range."
     low, high = RANGES[name]
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= high:
@@ -62,22 +62,22 @@ def clothing_items(split: str) -> tuple[np.ndarray, ...]:
     return tuple(images[labels == k] for k in range(len(fashion.CLASSES)))
 
 # %% ../../nbs/training/scenes.ipynb #7a6ab66e
-THRESHOLD = 40  # of 255; darker pixels of a garment's picture are its background
+THRESHOLD = 40  # of 255; darker pixels of a garment's image are its background
 
 
 def crop_item(image: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    "Greys, uint8 (h, w), and mask, bool (h, w), of a garment whose longer side is `length`."
+    "Grey values, uint8 (h, w), and mask, bool (h, w), of a garment of longer side `length`."
     seen = image > THRESHOLD
     ys, xs = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
     part = image[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
     scale = length / max(part.shape)
     size = [max(1, round(scale * n)) for n in part.shape[::-1]]
     greys = np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BILINEAR))
-    return greys, greys > min(THRESHOLD, greys.max() // 2)  # a small faint one still shows
+    return greys, greys > min(THRESHOLD, greys.max() // 2)  # small faint ones stay visible
 
 # %% ../../nbs/training/scenes.ipynb #02150a5d
 class SceneItems:
-    "The garments of a scene before they have a place."
+    "The garments of a scene before they have a position."
 
     def __init__(self, options: SceneOptions, split: str, rng: np.random.Generator):
         o, half = options, options.objects // 2
@@ -99,7 +99,7 @@ class SceneItems:
 # %% ../../nbs/training/scenes.ipynb #b372e579
 @lru_cache(maxsize=64)
 def cumulative_shares(tail: float) -> np.ndarray:
-    "Cumulated shares of the classes."
+    "Cumulative shares of the classes."
     shares = (1.0 + np.arange(len(fashion.CLASSES))) ** -tail
     cumulative_shares = shares.cumsum() / shares.sum()
     cumulative_shares[-1] = 1.0  # or rounding might leave a gap below 1
@@ -115,7 +115,7 @@ def find_position(
     mask: np.ndarray,  # of the new object, bool (h, w)
     allowance: np.ndarray,  # pixels that each object may still lose
 ) -> tuple[int, int] | None:
-    "Top and left of a place where nobody loses more than it may; None if none was found."
+    "Top and left of a position where no object is occluded too much; None if none was found."
     h, w = mask.shape
     tops = rng.integers(0, owner.shape[0] - h + 1, TRIES).tolist()
     lefts = rng.integers(0, owner.shape[1] - w + 1, TRIES).tolist()
@@ -137,17 +137,17 @@ def background(rng: np.random.Generator, side: int) -> np.ndarray:
 # %% ../../nbs/training/scenes.ipynb #5a0b7f1f
 @dataclass(frozen=True)
 class Scene:
-    "A picture and the objects in it, exactly."
+    "An image and its exact objects."
 
     image: np.ndarray  # uint8 (3, side, side)
     labels: np.ndarray  # int64 (N,), from 1: fashion.CLASSES[label - 1]
-    boxes: np.ndarray  # float32 (N, 4): left, top, right, bottom of what can be seen
-    masks: np.ndarray  # bool (N, side, side): what can be seen
-    hidden: np.ndarray  # float32 (N,): share of the object that others hide
+    boxes: np.ndarray  # float32 (N, 4): left, top, right, bottom of the visible part
+    masks: np.ndarray  # bool (N, side, side): the visible part
+    hidden: np.ndarray  # float32 (N,): occluded share of the object
 
 # %% ../../nbs/training/scenes.ipynb #9ffc819f
 def arrange(options: SceneOptions, split: str, rng: np.random.Generator):
-    "Canvas, map of owners, and label and full size of each object that found a place."
+    "Canvas, index map, and label and full size of each placed object."
     canvas = background(rng, options.side)
     owner = np.full((options.side, options.side), -1, np.int16)
     labels, whole, allowance = [], [], np.zeros(0)
@@ -168,7 +168,7 @@ def arrange(options: SceneOptions, split: str, rng: np.random.Generator):
 
 # %% ../../nbs/training/scenes.ipynb #c8363668
 def expose(canvas: np.ndarray, options: SceneOptions, rng: np.random.Generator) -> np.ndarray:
-    "The canvas under the light of the scene, seen by a noisy camera: uint8."
+    "The canvas at the brightness of the scene, with camera noise: uint8."
     light = np.float32(options.brightness) * canvas
     if options.noise:
         light += np.float32(options.noise) * rng.standard_normal(canvas.shape, np.float32)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'CAMVID_REMEDY', 'ADE_REMEDY', 'of_scenes', 'of_mini', 'FACTS', 'NO_CLASS', 'CAMVID_CLASSES', 'CAMVID_TABLE',
-           'ADE_TABLE', 'MOST', 'FEWER', 'SegmentationFacts', 'as_imagenet', 'facts', 'pad_to_size',
+           'ADE_TABLE', 'MOST', 'FEWER', 'Side', 'Factor', 'SegmentationFacts', 'as_imagenet', 'facts', 'pad_to_size',
            'one_class_dominates', 'uniform', 'random_int', 'JointTransform', 'ClassMaps', 'class_map', 'ObjectMaps',
            'grey_table', 'read_classes', 'FileMaps', 'pair_files', 'camvid_files', 'ade_files', 'ade_classes',
-           'SegmentationDataset', 'from_files', 'from_objects', 'from_scenes', 'segmentation_dataset']
+           'SegmentationDataset', 'from_files', 'from_objects', 'from_scenes', 'SegmentationOptions',
+           'segmentation_dataset']
 
 # %% ../../nbs/training/segmentation-data.ipynb #ef6e727f
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
+from typing import Annotated, Any
+from pydantic import Field, StrictBool, field_validator
 from ..attention.registry import unknown
 from . import annotations as ann
 from . import detection
@@ -26,6 +29,7 @@ from .detection import ANY, Detections, ImageDetections, SceneDetections
 from .images import IMAGENET, IMAGE_SUFFIXES, BatchIndices, Facts, ImageDataset
 from .images import fingerprint_of_files, open_image, ours, read_image, seeded
 from .scenes import SceneOptions
+from ..options import Number, Options, Whole, checked
 from ..paths import DataError
 
 # %% ../../nbs/training/segmentation-data.ipynb #37223377
@@ -34,14 +38,14 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class SegmentationFacts(Facts):
-    "What is known of a set for segmentation before it is read."
+    "Facts about a segmentation dataset that are known before it is read."
 
-    crop: tuple[int, int] = (512, 512)  # of training, unless a run wants another
-    scale: tuple[float, float] = (0.5, 2.0)  # range of random scales, likewise
-    embedded: bool = False  # whether it is a part of the book
+    crop: tuple[int, int] = (512, 512)  # default size of training crops
+    scale: tuple[float, float] = (0.5, 2.0)  # default range of random scales
+    embedded: bool = False  # whether it is part of the book
 
 # %% ../../nbs/training/segmentation-data.ipynb #26aed0ca
-CAMVID_REMEDY = "CamVid, as SegNet gave it out, has train/, trainannot/, test/ and testannot/."
+CAMVID_REMEDY = "CamVid, as published with SegNet, has train/, trainannot/, test/ and testannot/."
 ADE_REMEDY = (
     "ADE20K unpacks to ADEChallengeData2016/ with images/ and annotations/, each with "
     "training/ and validation/, and objectInfo150.txt. https://sceneparsing.csail.mit.edu"
@@ -49,7 +53,7 @@ ADE_REMEDY = (
 
 
 def as_imagenet(classes: int | None, shape: tuple, remedy: str, **more) -> SegmentationFacts:
-    "Facts of a set that is normalised as ImageNet is."
+    "Facts of a dataset that is normalised like ImageNet."
     return SegmentationFacts(classes, shape, IMAGENET.mean, IMAGENET.std, remedy, **more)
 
 # %% ../../nbs/training/segmentation-data.ipynb #09ee6d51
@@ -67,7 +71,7 @@ FACTS = {
 
 # %% ../../nbs/training/segmentation-data.ipynb #3f101cd8
 def facts(name: str) -> SegmentationFacts:
-    "What is known of the set `name`; ValueError for a name that is none."
+    "The facts of the dataset `name`; ValueError for an unknown name."
     if name.startswith("coco:"):
         return as_imagenet(None, ANY, detection.facts(name).remedy)
     if name not in FACTS:
@@ -76,7 +80,7 @@ def facts(name: str) -> SegmentationFacts:
 
 # %% ../../nbs/training/segmentation-data.ipynb #73d582d0
 def pad_to_size(image: Tensor, classes: Tensor, h: int, w: int, colour: Sequence[float]) -> tuple:
-    "Picture (3, H, W) and classes (H, W), to the right and below continued to at least h x w."
+    "Image (3, H, W) and label map (H, W), padded at the right and below to at least h x w."
     below, right = max(0, h - image.shape[1]), max(0, w - image.shape[2])
     if not below and not right:
         return image, classes
@@ -88,7 +92,7 @@ def pad_to_size(image: Tensor, classes: Tensor, h: int, w: int, colour: Sequence
 
 # %% ../../nbs/training/segmentation-data.ipynb #774a1ea4
 def one_class_dominates(classes: Tensor, most: float = 0.75) -> bool:
-    "Whether one class fills more than `most` of the pixels that have one."
+    "Whether one class fills more than `most` of the labelled pixels."
     counts = torch.bincount(classes.flatten(), minlength=256)[:IGNORE]
     return bool(counts.max() > most * counts.sum())
 
@@ -104,21 +108,21 @@ def random_int(below: int) -> int:
 
 # %% ../../nbs/training/segmentation-data.ipynb #29690478
 class JointTransform:
-    "A random window of picture and classes, scaled to one size and mirrored half of the time."
+    "A random window of image and label map, scaled to one size and mirrored half of the time."
 
     def __init__(
         self,
         crop: tuple[int, int],  # height and width of the result
         scale: tuple[float, float],  # range of the factor
-        colour: Sequence[float],  # that continues a picture
-        distort: bool = False,  # change brightness, contrast, saturation and hue too
+        colour: Sequence[float],  # of the padding
+        distort: bool = False,  # also change brightness, contrast, saturation and hue
         tries: int = 10,  # for a window that is not dominated by one class
     ):
         self.crop, self.scale, self.colour, self.tries = crop, scale, colour, tries
         self.distort = v2.RandomPhotometricDistort() if distort else None
 
     def window(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        "A part of the picture that has the size of the crop once it is scaled."
+        "A part of the image that has the size of the crop once it is scaled."
         factor = uniform(*self.scale)
         h, w = (max(1, round(side / factor)) for side in self.crop)
         image, classes = pad_to_size(image, classes, h, w, self.colour)
@@ -140,13 +144,12 @@ class JointTransform:
 
 # %% ../../nbs/training/segmentation-data.ipynb #a1b82ca2
 class ClassMaps(Dataset):
-    "Pictures with a class for each pixel; where from, a subclass says."
-
-    augment: Callable | None = None  # a random change of picture and classes
+    "Images with label maps; subclasses define their source."
+    augment: Callable | None = None  # augmentation of image and label map
     colour: Sequence[float] = IMAGENET.mean
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
-        "Picture, uint8 (3, H, W), and classes, uint8 (H, W), number `index`."
+        "Image, uint8 (3, H, W), and label map, uint8 (H, W), number `index`."
         raise NotImplementedError
 
     def __getitem__(self, batch: BatchIndices) -> tuple[Tensor, Tensor]:
@@ -177,7 +180,7 @@ def class_map(target: Mapping[str, Tensor], height: int, width: int) -> Tensor:
 
 # %% ../../nbs/training/segmentation-data.ipynb #2d3d368d
 class ObjectMaps(ClassMaps):
-    "Classes from the objects of a set for detection."
+    "Label maps from the objects of a detection dataset."
 
     def __init__(self, source: Detections, augment: Callable | None = None):
         self.source, self.augment = source, augment
@@ -190,11 +193,11 @@ class ObjectMaps(ClassMaps):
         return image, class_map(target, *image.shape[1:])
 
 # %% ../../nbs/training/segmentation-data.ipynb #22f02b64
-NO_CLASS = 254  # in a table: this grey must not occur
+NO_CLASS = 254  # in a table: this grey value must not occur
 
 
 def grey_table(meaning: Mapping[int, int]) -> np.ndarray:
-    "A table of 256 bytes that turns greys of a file into classes."
+    "A table of 256 bytes that maps grey values of a file to classes."
     table = np.full(256, NO_CLASS, np.uint8)
     table[list(meaning)] = list(meaning.values())
     return table
@@ -217,11 +220,11 @@ def read_classes(path: Path, table: np.ndarray, remedy: str) -> Tensor:
 
 # %% ../../nbs/training/segmentation-data.ipynb #7af21313
 class FileMaps(ClassMaps):
-    "Classes from files beside the pictures."
+    "Label maps from files beside the images."
 
     def __init__(
         self,
-        files: Sequence[tuple[Path, Path]],  # picture and classes
+        files: Sequence[tuple[Path, Path]],  # image and label map
         table: np.ndarray,
         remedy: str,
         augment: Callable | None = None,
@@ -264,7 +267,7 @@ CAMVID_TABLE = grey_table({**{k: k for k in range(11)}, 11: IGNORE, IGNORE: IGNO
 
 
 def camvid_files(location: Path) -> list[list[tuple[Path, Path]]]:
-    "Pictures and classes of CamVid for learning and for testing."
+    "Images and label maps of CamVid for the training and test splits."
     splits = ("train", "test")
     return [pair_files(location / h, location / f"{h}annot", CAMVID_REMEDY) for h in splits]
 
@@ -273,7 +276,7 @@ ADE_TABLE = grey_table({0: IGNORE, **{k: k - 1 for k in range(1, 151)}})
 
 
 def ade_files(location: Path) -> list[list[tuple[Path, Path]]]:
-    "Pictures and classes of ADE20K for learning and for testing."
+    "Images and label maps of ADE20K for the training and test splits."
     base, splits = location / "ADEChallengeData2016", ("training", "validation")
     return [pair_files(base / "images" / h, base / "annotations" / h, ADE_REMEDY) for h in splits]
 
@@ -345,6 +348,26 @@ def from_scenes(options: SceneOptions, limits: Sequence, augment: Callable) -> S
     )  # fmt: skip
 
 # %% ../../nbs/training/segmentation-data.ipynb #9c6a23b2
+Side = Annotated[Whole, Field(ge=1, le=8192)]
+Factor = Annotated[Number, Field(ge=0.01, le=100)]
+
+
+class SegmentationOptions(Options):
+    "What a set for segmentation can be told beside its name."
+
+    crop: tuple[Side, Side] | None = None  # of training, height and width; None: the set's own
+    scale: tuple[Factor, Factor] | None = None  # range of random scales; None: likewise
+    distort: StrictBool = False  # change colours at random
+    scenes: dict[str, Any] | None = None  # what scenes are like
+
+    @field_validator("scale")
+    @classmethod
+    def _rises(cls, scale):
+        if scale and scale[0] > scale[1]:
+            raise ValueError("the two numbers must rise")
+        return scale
+
+# %% ../../nbs/training/segmentation-data.ipynb #60fb96a4
 def segmentation_dataset(
     name: str,  # scenes, coco-mini, coco2017, camvid, ade20k or coco:NAME
     root: Path | str | None = None,  # the data root; SCSA_BOOK_DATA by default
@@ -357,6 +380,8 @@ def segmentation_dataset(
 ) -> SegmentationDataset:
     "A set for segmentation; DataError if missing or damaged, ValueError if asked wrongly."
     f, options = facts(name), detection.scene_options(name, scenes)
+    given = {"crop": crop, "scale": scale, "distort": distort}
+    crop, scale, distort = checked(SegmentationOptions, given, "data option").values()
     own = (options.side, options.side) if name == "scenes" else f.crop
     augment = JointTransform(crop or own, scale or f.scale, f.mean, distort)
     limits = (train_images, test_images)

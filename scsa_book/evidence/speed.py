@@ -193,7 +193,7 @@ class Side(BaseModel):
     training: Spread  # forward and backward
     forward_peak: int
     training_peak: int
-    # stored between forward and backward pass, besides input and output; `kept` in results of version 0.1.0
+    # stored between forward and backward pass, besides input and output; `kept` in 0.1.0
     saved_for_backward: int = Field(validation_alias=AliasChoices("saved_for_backward", "kept"))
 
 

@@ -77,8 +77,8 @@ class Claim(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        "Holds (above zero), does not hold (below), or cannot be told."
-        return "holds" if self.low > 0 else "does not hold" if self.high < 0 else "cannot be told"
+        "Holds (above zero), does not hold (below), or inconclusive."
+        return "holds" if self.low > 0 else "does not hold" if self.high < 0 else "inconclusive"
 
 
 def paired_claim(

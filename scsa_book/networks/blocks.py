@@ -67,7 +67,7 @@ class AttendedBottleneck(AttendedBlock):
         u = self.attended(u, "after_conv2")
         u = self.bn3(self.conv3(u))
         u = self.attended(u, "after_conv3")
-        u += x if self.downsample is None else self.downsample(x)
+        u = u + (x if self.downsample is None else self.downsample(x))
         return self.attended(self.relu(u), "after_block")
 
 # %% ../../nbs/networks/blocks.ipynb #ad54920e
@@ -80,7 +80,7 @@ class AttendedBasicBlock(AttendedBlock):
         u = self.attended(u, "after_conv1")
         u = self.bn2(self.conv2(u))
         u = self.attended(u, "after_conv2")
-        u += x if self.downsample is None else self.downsample(x)
+        u = u + (x if self.downsample is None else self.downsample(x))
         return self.attended(self.relu(u), "after_block")
 
 # %% ../../nbs/networks/blocks.ipynb #23904ca1
@@ -173,8 +173,7 @@ def _timm_sum(block: nn.Module, x: Tensor, u: Tensor) -> Tensor:
     "The end of a residual block of timm before its last activation."
     u = u if block.se is None else block.se(u)
     u = u if block.drop_path is None else block.drop_path(u)
-    u += x if block.downsample is None else block.downsample(x)
-    return u
+    return u + (x if block.downsample is None else block.downsample(x))
 
 # %% ../../nbs/networks/blocks.ipynb #a91ec0e3
 class AttendedTimmInvertedResidual(AttendedBlock):

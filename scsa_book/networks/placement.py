@@ -23,31 +23,31 @@ from scsa_book.networks.blocks import (
     After, AttendedBlock, AttendedLayer, Before, Instead, Replaced, into_block, out_of_block,
     renew, state_name, takes,
 )  # fmt: skip
-from .sites import Spot, channels_of, joined, matches, some, spots
+from .sites import Placement, channels_of, joined, matches, some, placements
 
 # %% ../../nbs/networks/placement.ipynb #7582f85b
-def _build(network: nn.Module, name: str, spot: Spot, make: Callable) -> nn.Module:
-    _check_free(network, name, spot)
+def _build(network: nn.Module, name: str, placement: Placement, make: Callable) -> nn.Module:
+    _check_free(network, name, placement)
     module = network.get_submodule(name)
     tensors = chain(module.parameters(), module.buffers(), network.parameters())
     near = next(tensors, torch.empty(0))
     try:
-        attention = make(spot.channels, device=near.device, dtype=near.dtype)
+        attention = make(placement.channels, device=near.device, dtype=near.dtype)
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from e
     return attention.train(module.training)
 
 # %% ../../nbs/networks/placement.ipynb #ff0d5aee
-def _check_free(network: nn.Module, name: str, spot: Spot) -> None:
+def _check_free(network: nn.Module, name: str, placement: Placement) -> None:
     "Raise `ValueError` where attention is already, or cannot be."
-    if _in_block(network, spot):
-        block = network.get_submodule(spot.block)
-        held = [name] if spot.position in getattr(block, "hosts", ()) else []
+    if _in_block(network, placement):
+        block = network.get_submodule(placement.block)
+        held = [name] if placement.position in getattr(block, "hosts", ()) else []
         own = not isinstance(block, AttendedBlock) and hasattr(block, "attention")
     else:
-        layers = [network.get_submodule(layer) for layer in (name, *spot.gone)]
+        layers = [network.get_submodule(layer) for layer in (name, *placement.gone)]
         kinds = (AttendedLayer, Replaced)
-        held = [n for n, m in zip((name, *spot.gone), layers, strict=True) if isinstance(m, kinds)]
+        held = [n for n, m in zip((name, *placement.gone), layers, strict=True) if isinstance(m, kinds)]
         own = not held and any(hasattr(layer, "attention") for layer in layers)
     if held:
         raise ValueError(f"{held[0]} has an attention already; detach(network) takes it out")
@@ -55,22 +55,22 @@ def _check_free(network: nn.Module, name: str, spot: Spot) -> None:
         raise ValueError(f"{name} has something of its own that is called attention")
 
 # %% ../../nbs/networks/placement.ipynb #21cac9b9
-def _in_block(network: nn.Module, spot: Spot) -> bool:
+def _in_block(network: nn.Module, placement: Placement) -> bool:
     "Whether attention gets into the forward pass of a block, not to a layer."
-    return spot.side != "instead" and takes(network.get_submodule(spot.block), spot.position)
+    return placement.side != "instead" and takes(network.get_submodule(placement.block), placement.position)
 
 # %% ../../nbs/networks/placement.ipynb #e07abcd5
-def _insert(network: nn.Module, name: str, spot: Spot, attention: nn.Module) -> None:
+def _insert(network: nn.Module, name: str, placement: Placement, attention: nn.Module) -> None:
     layer = network.get_submodule(name)
-    if _in_block(network, spot):
-        host = name.removeprefix(spot.block).lstrip(".")
-        into_block(network.get_submodule(spot.block), spot.position, attention, host)
-    elif spot.side == "instead":
+    if _in_block(network, placement):
+        host = name.removeprefix(placement.block).lstrip(".")
+        into_block(network.get_submodule(placement.block), placement.position, attention, host)
+    elif placement.side == "instead":
         _replace(network, name, Instead(layer, attention))
-        for gone in spot.gone:
+        for gone in placement.gone:
             _replace(network, gone, Replaced(network.get_submodule(gone)))
     else:
-        kind = Before if spot.side == "before" else After
+        kind = Before if placement.side == "before" else After
         known = {side: channels_of(layer, side) for side in ("before", "after")}
         _replace(network, name, kind(layer, attention, **known))
 
@@ -93,9 +93,9 @@ def _check(network: nn.Module, gain: float) -> None:
         raise ValueError(f"initial_gain={gain!r} must be a positive number")
 
 # %% ../../nbs/networks/placement.ipynb #ef267eb0
-def _place(network: nn.Module, found: Mapping[str, Spot], make: Callable, gain: float) -> nn.Module:
+def _attach(network: nn.Module, found: Mapping[str, Placement], make: Callable, gain: float) -> nn.Module:
     _check(network, gain)
-    built = {name: _build(network, name, spot, make) for name, spot in found.items()}
+    built = {name: _build(network, name, placement, make) for name, placement in found.items()}
     for name, attention in built.items():
         attention.initial_gain = float(gain)  # by this `attentions` knows it
         _insert(network, name, found[name], attention)
@@ -113,8 +113,8 @@ def attend(
 ) -> nn.Module:  # the same network
     "Put a mechanism at one position of all blocks. A `ValueError` leaves the network as it was."
     role = registry.info(name).position
-    found = spots(network, position or role, blocks)
-    return _place(network, found, partial(registry.create, name, **options), initial_gain)
+    found = placements(network, position or role, blocks)
+    return _attach(network, found, partial(registry.create, name, **options), initial_gain)
 
 # %% ../../nbs/networks/placement.ipynb #e60bd138
 def check_placing(
@@ -235,7 +235,7 @@ def _uncompiled():
 
 # %% ../../nbs/networks/placement.ipynb #f4398be7
 def _observe(network: nn.Module, x: Tensor, sides: Mapping[str, str], note: Callable) -> None:
-    "One pass; `note(name, map)` is told what passes each place."
+    "One pass; `note(name, map)` gets the map at each module."
     handles = []
     for name, side in sides.items():
         module = network.get_submodule(name)
@@ -256,7 +256,7 @@ def _note_output(note, name, module, args, output):
 
 # %% ../../nbs/networks/placement.ipynb #8f0d533f
 def _widths(network: nn.Module, sides: Mapping, example: Tensor | None) -> dict[str, int]:
-    "Channels at each place: what the layers say, or what `example` shows."
+    "Channels at each module: what the layers say, or what `example` shows."
     if example is None:
         found = {n: channels_of(network.get_submodule(n), side) for n, side in sides.items()}
         remedy = "pass example=, one input of the network, and they are looked up"
@@ -286,8 +286,8 @@ def attend_modules(
         raise ValueError(f"side={side!r} must be 'before' or 'after'")
     widths = _widths(network, dict.fromkeys(_named(network, pattern, side), side), example)
     create = registry.create if isinstance(attention, str) else _moved
-    found = {n: Spot(side, width, (), n, f"{side}_block") for n, width in widths.items()}
-    return _place(network, found, partial(create, attention, **options), initial_gain)
+    found = {n: Placement(side, width, (), n, f"{side}_block") for n, width in widths.items()}
+    return _attach(network, found, partial(create, attention, **options), initial_gain)
 
 
 
@@ -351,7 +351,7 @@ def _as_near(layer: nn.Module, network: nn.Module, mode: bool) -> nn.Module:
 
 # %% ../../nbs/networks/placement.ipynb #6a9464bc
 def reconnect(network: nn.Module) -> list[str]:
-    "Version 0.1.0 repaired lost hooks with it; there are none any more."
+    "Does nothing; version 0.1.0 repaired lost hooks with it."
     text = "reconnect() does nothing: attention is part of the forward pass. Remove the call"
     warnings.warn(text, DeprecationWarning, stacklevel=2)
     return []

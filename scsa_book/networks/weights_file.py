@@ -169,8 +169,9 @@ def torch_content(path: Path):
     "What a file of `torch.save` holds; WeightsError if it needs more than data, or is damaged."
     whole = zipfile.is_zipfile(path)  # whose checksums are right, or this would not be reached
     try:
-        with torch.serialization.safe_globals(PLAIN):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # by its bytes: a name that ends in .safetensors would choose another reader
+        with torch.serialization.safe_globals(PLAIN), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         if isinstance(error, pickle.UnpicklingError) and (whole or "GLOBAL" in str(error)):
             what = f"it holds more than weights ({reason(error)}), and loading that can run any code"

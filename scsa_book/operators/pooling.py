@@ -23,7 +23,7 @@ def check_map(x: Tensor) -> None:
 def global_average(
     x: Tensor,  # (B, C, H, W)
 ) -> Tensor:  # (B, C, 1, 1)
-    "Mean of every channel over its places."
+    "Mean of every channel over its positions."
     check_map(x)
     return x.mean((-2, -1), keepdim=True)
 
@@ -31,7 +31,7 @@ def global_average(
 def channel_average(
     x: Tensor,  # (B, C, H, W)
 ) -> Tensor:  # (B, 1, H, W)
-    "Mean of every place over its channels."
+    "Mean over the channels at every position."
     check_map(x)
     return x.mean(1, keepdim=True)
 
@@ -39,7 +39,7 @@ def channel_average(
 def global_maximum(
     x: Tensor,  # (B, C, H, W)
 ) -> Tensor:  # (B, C, 1, 1)
-    "Largest value of every channel over its places; ties share the gradient."
+    "Largest value of every channel over its positions; ties share the gradient."
     check_map(x)
     return x.amax((-2, -1), keepdim=True)
 
@@ -47,7 +47,7 @@ def global_maximum(
 def channel_maximum(
     x: Tensor,  # (B, C, H, W)
 ) -> Tensor:  # (B, 1, H, W)
-    "Largest value of every place over its channels; ties share the gradient."
+    "Largest value over the channels at every position; ties share the gradient."
     check_map(x)
     return x.amax(1, keepdim=True)
 
@@ -67,7 +67,7 @@ def check_window(
 
 # %% ../../nbs/foundations/pooling.ipynb #0506cbbc
 def fitting(window: int | None, places: int) -> int:
-    "A window's side on an axis of so many places."
+    "The size of a window on an axis with this many positions."
     return places if window is None else min(window, places)
 
 # %% ../../nbs/foundations/pooling.ipynb #23cdefdc

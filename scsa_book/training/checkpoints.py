@@ -41,7 +41,7 @@ class Reseed(L.Callback):
         self.state = state
 
     def on_train_start(self, trainer, task) -> None:
-        # In an epoch that begins this is overwritten at once, in one that goes on it counts.
+        # At the start of an epoch this is overwritten at once; in a resumed epoch it is used.
         if self.state and trainer.global_rank == 0:
             torch.set_rng_state(self.state["cpu"])
             if len(self.state["cuda"]) == torch.cuda.device_count():
@@ -53,7 +53,7 @@ class Reseed(L.Callback):
 
 # %% ../../nbs/training/checkpoints.ipynb #9f52b043
 class SaveOnTermination(L.Callback):
-    "Writes a checkpoint when the process is asked to leave in the middle of an epoch."
+    "Writes a checkpoint when the process gets SIGTERM in the middle of an epoch."
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -74,7 +74,7 @@ class SaveOnTermination(L.Callback):
 
 # %% ../../nbs/training/checkpoints.ipynb #19345ddc
 def keep_newest(folder: Path, count: int = 2) -> ModelCheckpoint:
-    "Lightning's callback that keeps the newest `count` checkpoints, one an epoch."
+    "Lightning's callback that keeps the newest `count` checkpoints, one per epoch."
     return ModelCheckpoint(
         folder, filename="{epoch:04d}", monitor="epoch", mode="max", save_top_k=count,
         save_on_train_epoch_end=True, enable_version_counter=False,
@@ -82,7 +82,7 @@ def keep_newest(folder: Path, count: int = 2) -> ModelCheckpoint:
 
 # %% ../../nbs/training/checkpoints.ipynb #0e96898a
 def readable(path: Path) -> bool:
-    "Whether a checkpoint is a whole archive whose parts all have their checksums."
+    "Whether a checkpoint is a complete archive with correct checksums."
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -91,24 +91,24 @@ def readable(path: Path) -> bool:
 
 # %% ../../nbs/training/checkpoints.ipynb #200bf6b8
 def newest_checkpoint(folder: Path) -> Path | None:
-    "The newest checkpoint that can be read; a damaged one is named and put aside."
+    "The newest checkpoint that can be read; a damaged one is reported and renamed."
     for path in sorted(folder.glob("epoch=*.ckpt"), reverse=True):
         if readable(path):
             return path
         path.rename(path.with_suffix(".damaged"))
-        print(f"{path.name} is damaged and passed over")
+        print(f"{path.name} is damaged and skipped")
     return None
 
 # %% ../../nbs/training/checkpoints.ipynb #2832d3a3
 def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:
-    "Bytes for checkpoints, two kept and one being written, and a megabyte for logs."
+    "Bytes for checkpoints, two stored and one being written, and a megabyte for logs."
     moments = 2 if config.optimizer == "adamw" else 1
     weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
     return 3 * weights * (1 + moments) + 2**20
 
 # %% ../../nbs/training/checkpoints.ipynb #4cfd7ddc
 def keep_last(folder: Path) -> None:
-    "Of a finished run only the last checkpoint is kept."
+    "Keep only the last checkpoint of a finished run."
     for path in [*sorted(folder.glob("epoch=*.ckpt"))[:-1], *folder.glob("*.damaged")]:
         path.unlink()
 
@@ -121,14 +121,14 @@ def forget(folder: Path) -> None:
 
 # %% ../../nbs/training/checkpoints.ipynb #72ec0605
 class RunBusy(RuntimeError):
-    "Another process is at this run."
+    "Another process works on this run."
 
 # %% ../../nbs/training/checkpoints.ipynb #b00015de
 @contextlib.contextmanager
 def run_lock(folder: Path):
     "Holds the lock of a run; RunBusy if another process has it."
     if rank_zero_only.rank != 0:
-        yield  # of a run on several devices the first process holds it for all
+        yield  # in a run on several devices the first process holds it for all
         return
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock", timeout=0)

@@ -35,7 +35,7 @@ class Scale(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # of the values of the runs; None: the preset's own. Version 0.1.0 called it `instead`.
+    # of the runs' values; None: the preset's own. `instead` in 0.1.0
     overrides: dict[str, Any] = Field({}, validation_alias=AliasChoices("overrides", "instead"))
     options: Options = {}
 

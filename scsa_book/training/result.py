@@ -139,11 +139,12 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 # %% ../../nbs/training/result.ipynb #8dd8136e
-def disk_error(path: Path, needed: int, error: OSError | str) -> DiskError:
+def disk_error(path: Path, needed: int, error: OSError | str, parameter: str = "") -> DiskError:
     "The error for `path`, with the space it needs and the space there is."
     why = error if isinstance(error, str) else error.strerror or str(error)
-    free = free_bytes(path.parent)
-    return DiskError(f"cannot write {path} ({why}): {needed:,} bytes needed, {free:,} free")
+    space = f"{needed:,} bytes needed, {free_bytes(path.parent):,} free"
+    remedy = f". Name a folder that can be written to: -p {parameter}=FOLDER" if parameter else ""
+    return DiskError(f"cannot write {path} ({why}): {space}{remedy}")
 
 # %% ../../nbs/training/result.ipynb #7b802c45
 def write_atomic(path: Path, text: str) -> Path:
@@ -163,17 +164,17 @@ def write_atomic(path: Path, text: str) -> Path:
     return path
 
 # %% ../../nbs/training/result.ipynb #99ab1e98
-def require_space(folder: Path, needed: int) -> None:
-    "DiskError unless `folder` can be written to and has `needed` bytes."
+def require_space(folder: Path, needed: int, parameter: str = "") -> None:
+    "DiskError unless `folder`, which `parameter` of a run names, can take `needed` bytes."
     probe = folder / f".probe.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise disk_error(folder, needed, error) from error
+        raise disk_error(folder, needed, error, parameter) from error
     if free_bytes(folder) < needed:
-        raise disk_error(folder, needed, "not enough space")
+        raise disk_error(folder, needed, "not enough space", parameter)
 
 # %% ../../nbs/training/result.ipynb #53232320
 def result_path(config: RunConfig, execution: Execution | None = None) -> Path:

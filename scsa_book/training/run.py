@@ -58,8 +58,8 @@ def make_trainer(
         logger=CSVLogger(folder, name="log"), default_root_dir=folder,
         callbacks=[Reseed(config.seed), history, keep_newest(folder), SaveOnTermination(folder)],
         enable_progress_bar=bar, enable_model_summary=False,
-        num_sanity_val_steps=0,  # would draw from the loaders before the first epoch
-        use_distributed_sampler=False,  # our draws know about the other processes
+        num_sanity_val_steps=0,  # would use the data loaders before the first epoch
+        use_distributed_sampler=False,  # our sampler divides draws between processes
         benchmark=config.task == "classify",  # where all batches have one shape
     )  # fmt: skip
 
@@ -68,14 +68,14 @@ ADVICE = (
     ".*does not have many workers",
     ".*exists and is not empty",
     ".*number of training batches",
-    ".*dataloader is not resumable",  # ours is: its draws know what was seen
+    ".*dataloader is not resumable",  # ours is: its sampler skips what was seen
     ".*is deprecated, use .isinstance",  # between Lightning and newer PyTorch
 )
 
 # %% ../../nbs/training/run.ipynb #b1c1cf69
 @contextlib.contextmanager
 def quiet_lightning():
-    "Keeps Lightning's advice that does not apply out of the output."
+    "Suppresses Lightning's warnings that do not apply."
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.WARNING)
@@ -89,20 +89,20 @@ def quiet_lightning():
 
 # %% ../../nbs/training/run.ipynb #72e7f268
 def keep_memory() -> None:
-    "Let the C library keep freed memory for the next step, where it can be told to (glibc)."
+    "Let the C library keep freed memory for the next step, where it can be configured (glibc)."
     trim_threshold, mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
         library.mallopt(trim_threshold, 2**31 - 1)
-        library.mallopt(mmap_threshold, 2**25)  # the largest that it takes
+        library.mallopt(mmap_threshold, 2**25)  # the largest value allowed
 
 # %% ../../nbs/training/run.ipynb #3cbc35b0
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, in a file
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota or file size limit
 
 
 @contextlib.contextmanager
 def report_full_disk(folder: Path, needed: int):
-    "Turns a disk that is full during training into a DiskError with the numbers."
+    "Turns the error of a full disk during training into a DiskError with the numbers."
     try:
         yield
     except OSError as error:
@@ -112,18 +112,18 @@ def report_full_disk(folder: Path, needed: int):
 
 # %% ../../nbs/training/run.ipynb #d865d7e1
 class OutOfMemory(RuntimeError):
-    "The device, or the machine, had too little memory for a step."
+    "The device or the machine has too little memory for a step."
 
 # %% ../../nbs/training/run.ipynb #05978891
 def is_out_of_memory(error: RuntimeError) -> bool:
-    "Whether PyTorch asked for memory that there was not, on a GPU or on the CPU."
+    "Whether a memory allocation of PyTorch failed, on a GPU or on the CPU."
     on_cpu = "can't allocate memory" in str(error)  # PyTorch has no class of its own for it
     return isinstance(error, torch.OutOfMemoryError) or on_cpu
 
 # %% ../../nbs/training/run.ipynb #f5cbe671
 @contextlib.contextmanager
 def report_out_of_memory(config: RunConfig):
-    "Turns too little memory into an OutOfMemory that names what would take less."
+    "Turns a failed memory allocation into an OutOfMemory that names options with less memory."
     try:
         yield
     except RuntimeError as error:
@@ -141,12 +141,12 @@ class RunInterrupted(RuntimeError):
 # %% ../../nbs/training/run.ipynb #d0dbf6bc
 @contextlib.contextmanager
 def report_interruption(history: History):
-    "Turns SIGTERM into a RunInterrupted that says where the run is."
+    "Turns SIGTERM into a RunInterrupted that names the last epoch."
     try:
         yield
     except SIGTERMException:
-        where = f"asked to leave after {len(history.epochs)} epochs"
-        raise RunInterrupted(f"{where}; the same call goes on from there") from None
+        where = f"terminated after {len(history.epochs)} epochs"
+        raise RunInterrupted(f"{where}; the same call resumes there") from None
 
 # %% ../../nbs/training/run.ipynb #35ff0af9
 def synchronised(network: nn.Module, execution: Execution) -> nn.Module:
@@ -175,7 +175,7 @@ class Outcome:
 
 # %% ../../nbs/training/run.ipynb #fa006108
 def task_class(name: str) -> type[Task]:
-    "What Lightning trains and tests for a task."
+    "The LightningModule of a task."
     from scsa_book.training.detect import Detect
     from scsa_book.training.segment import Segment
 
@@ -184,7 +184,7 @@ def task_class(name: str) -> type[Task]:
 # %% ../../nbs/training/run.ipynb #89b681bb
 @contextlib.contextmanager
 def guarded(config: RunConfig, folder: Path, needed: int, history: History):
-    "One process at a time, no advice, and errors that say what to do."
+    "One process at a time, without superfluous warnings, and with errors that have a remedy."
     with run_lock(folder), quiet_lightning(), report_full_disk(folder, needed):
         with report_out_of_memory(config), report_interruption(history):
             yield
@@ -199,8 +199,8 @@ def fit(
     "Train a network, from its newest checkpoint if there is one."
     keep_memory()
     folder, needed = run_folder(config, execution), checkpoint_bytes(config, network)
-    require_space(folder, needed)
-    require_space(result_path(config, execution).parent, 2**20)
+    require_space(folder, needed, "cache_dir")
+    require_space(result_path(config, execution).parent, 2**20, "results_dir")
     world = execution.devices * execution.nodes
     counts = {"world": world, "steps": config.epoch_steps}
     steps = len(EpochSampler(len(images.train), config.batch_size, config.seed, **counts))
@@ -222,8 +222,8 @@ def fit(
 
 # %% ../../nbs/training/run.ipynb #69392f53
 def outcome(task: Task, history: History, trainer: L.Trainer) -> Outcome:
-    "What a run leaves in memory."
-    # A compiled network would pass over the hooks by which one looks into it later.
+    "Free the memory of a run."
+    # A compiled network would ignore hooks that are registered later.
     task.compiled._compiled_call_impl = None
     return Outcome(
         network=task.network.cpu().eval(),
@@ -237,12 +237,12 @@ def outcome(task: Task, history: History, trainer: L.Trainer) -> Outcome:
 
 # %% ../../nbs/training/run.ipynb #4ec725e5
 def images_seen(config: RunConfig, images: ImageDataset) -> int:
-    "Pictures that an epoch learns from."
+    "Number of training images in an epoch."
     return (config.epoch_steps or 0) * config.batch_size or len(images.train)
 
 # %% ../../nbs/training/run.ipynb #ab4b4851
 def make_result(config: RunConfig, images: ImageDataset, done: Outcome) -> RunResult:
-    "The result of a run that has ended."
+    "The result of a finished run."
     train_seconds = sum(e.train_seconds for e in done.epochs)
     return RunResult(
         id=config.id,
@@ -274,7 +274,7 @@ def save_result(
     done: Outcome,
     execution: Execution = Execution(),  # noqa: B008
 ) -> RunResult:
-    "Write the result of a run to its place, and return it."
+    "Write the result of a run to its file, and return it."
     result = make_result(config, images, done)
     write_atomic(result_path(config, execution), result.model_dump_json(indent=1) + "\n")
     return result

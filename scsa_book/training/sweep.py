@@ -41,7 +41,7 @@ def sweep_folder(*names: str, preset: str | None = None) -> Path:
     return cache_folder().parent / "sweeps" / "-".join(filter(None, (*names, preset)))
 
 # %% ../../nbs/training/sweep.ipynb #264678cc
-JOB = ("-m", "scsa_book.cli", "job")  # what Python is asked to do for a run
+JOB = ("-m", "scsa_book.cli", "job")  # Python's arguments for a run
 
 
 def write_plan(
@@ -58,12 +58,12 @@ def write_plan(
 # %% ../../nbs/training/sweep.ipynb #979ccea8
 @contextmanager
 def exclusive_run(run_id: str):
-    "Waits until no process is at a run, and keeps the jobs of all sweeps away from it."
+    "Waits until no process works on a run, and blocks the jobs of all sweeps from it."
     folder = cache_folder() / run_id
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "job.lock"):
         with FileLock(folder / "lock"):
-            pass  # a training that outlived its job held it
+            pass  # a training process that outlived its job held it
         yield
 
 # %% ../../nbs/training/sweep.ipynb #e6f7eaaf
@@ -77,7 +77,7 @@ def local_gpus() -> tuple[str, ...]:
 
 # %% ../../nbs/training/sweep.ipynb #13764c71
 def take_gpu(gpus: list[str], folder: Path) -> FileLock | None:
-    "Waits for a free GPU and makes it the only one; it is taken as long as the lock is held."
+    "Waits for a free GPU and makes it the only visible one; the lock reserves it."
     while gpus:
         for gpu in gpus:
             lock = FileLock(folder / f"gpu-{gpu}.lock")
@@ -125,7 +125,7 @@ def job(
 
 # %% ../../nbs/training/sweep.ipynb #7e79e8e0
 def arguments(folder: Path, *where: str) -> list[str]:
-    "Snakemake's arguments for the plan in `folder`; `where` says on which machines."
+    "Snakemake's arguments for the plan in `folder`; `where` selects the machines."
     workflow = str(book_root() / "nbs" / "runs" / "Snakefile")
     again = ["--retries", str(ATTEMPTS - 1), "--keep-going", "--forceall", "--rerun-incomplete"]
     own = ["--nolock", "--nocolor", "--scheduler", "greedy"]
@@ -134,17 +134,17 @@ def arguments(folder: Path, *where: str) -> list[str]:
 
 # %% ../../nbs/training/sweep.ipynb #e8e06f68
 def threads_of_a_run(cores: int, gpus: tuple[str, ...]) -> int:
-    "Threads of each of `cores` runs at a time."
+    "Threads of each run if `cores` runs are executed at a time."
     return 1 if cores > 1 and not gpus else max(1, usable_cores() // cores)
 
 # %% ../../nbs/training/sweep.ipynb #7b02faa8
 def on_this_machine(cores: int, threads: int, gpus: tuple[str, ...]) -> list[str]:
-    "Where: here, `cores` runs at a time and one a GPU."
+    "Where: on this machine, `cores` runs at a time, or one per GPU."
     return ["--cores", str(cores * threads), "--resources", f"gpus={len(gpus)}"]
 
 # %% ../../nbs/training/sweep.ipynb #19e32c6d
 def profile_folder(profile: str) -> Path:
-    "A profile of the book by name, or any by its folder; ValueError lists the book's."
+    "A profile of the book by name, or any other by its folder; ValueError lists the book's."
     from scsa_book.attention.registry import unknown
 
     own = book_root() / "profiles"
@@ -155,7 +155,7 @@ def profile_folder(profile: str) -> Path:
 
 # %% ../../nbs/training/sweep.ipynb #0971bae7
 class SweepFailed(RuntimeError):
-    "A sweep that could not start, or of which some runs failed."
+    "A sweep that could not start, or in which some runs failed."
 
 # %% ../../nbs/training/sweep.ipynb #67a4a7b9
 def require(module: str, remedy: str) -> None:
@@ -176,7 +176,7 @@ def on_a_cluster(profile: str, cores: int | None = None) -> list[str]:
 
 # %% ../../nbs/training/sweep.ipynb #3234eb6b
 def where_to_run(profile: str | None, cores: int | None) -> tuple[list[str], dict]:
-    "Where the runs are made, and what the plan says of the machine."
+    "Where the runs are executed, and the plan's fields for the machine."
     if profile:
         return on_a_cluster(profile, cores), {}
     gpus = local_gpus()
@@ -198,7 +198,7 @@ def snakemake() -> None:
 # %% ../../nbs/training/sweep.ipynb #0b278edf
 @contextmanager
 def snakemake_process(words: list[str], log: Path):
-    "Snakemake at work, its output in `log`; it does not outlive the block."
+    "Runs Snakemake with its output in `log`; it ends with the block."
     code = "from scsa_book.training.sweep import snakemake; snakemake()"
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -222,7 +222,7 @@ def sweep_lock(folder: Path):
         lock.acquire(timeout=0)
     except Timeout:
         holds = f"it holds {folder / 'lock'}"
-        raise SweepFailed(f"{folder.name} is being made by another process ({holds})") from None
+        raise SweepFailed(f"{folder.name} is being executed by another process ({holds})") from None
     try:
         yield
     finally:
@@ -230,22 +230,22 @@ def sweep_lock(folder: Path):
 
 # %% ../../nbs/training/sweep.ipynb #485ecee6
 def log_of(folder: Path, run_id: str) -> Path:
-    "The log of a run: what its notebook printed, and what it ended with."
+    "The log of a run: the output of its notebook, and its error."
     return folder / "log" / f"{run_id}.log"
 
 # %% ../../nbs/training/sweep.ipynb #f7f894e9
 def reason(folder: Path, run_id: str) -> str:
-    "Why a run of a sweep that is over has no result."
+    "Why a run of a finished sweep has no result."
     note = folder / "failed" / run_id
     if note.exists():
         return note.read_text(encoding="utf-8").removeprefix(f"{run_id}: ")
     if log_of(folder, run_id).exists():
-        return "its process ended without a word: it was killed, or memory ran out"
+        return "its process ended without an error message: it was killed, or memory ran out"
     return "it was not started"
 
 # %% ../../nbs/training/sweep.ipynb #f4f00322
 def status_line(folder: Path, config: RunConfig, words: Callable[[RunResult], str]) -> str | None:
-    "What is to be said of a run, None while it goes on."
+    "The message about a run; None while it is running."
     if result := finished(config):
         return words(result)
     if (folder / "failed" / config.id).exists():
@@ -269,7 +269,7 @@ def follow(process, configs: list[RunConfig], folder: Path, words: Callable) -> 
 
 # %% ../../nbs/training/sweep.ipynb #7c23ebd2
 def not_started(said: str, more: str = "") -> SweepFailed:
-    "The error for a Snakemake that made nothing, with the last line of what it said."
+    "The error if Snakemake started nothing, with the last line of its output."
     return SweepFailed(f"no run was started: {said.strip().splitlines()[-1].strip()}{more}")
 
 # %% ../../nbs/training/sweep.ipynb #da20d0a2
@@ -288,7 +288,7 @@ def check_all(folder: Path, configs: list[RunConfig], total: int) -> None:
 
 # %% ../../nbs/training/sweep.ipynb #c7ca96d6
 def show_dry_run(todo: Plan, where: list[str]) -> None:
-    "Say what would be made; SweepFailed if Snakemake would not start."
+    "Print the runs that would be executed; SweepFailed if Snakemake would not start."
     for config, _ in todo:
         print(f"to do: {config.id}")
     with tempfile.TemporaryDirectory() as folder:
@@ -300,7 +300,7 @@ def show_dry_run(todo: Plan, where: list[str]) -> None:
 
 # %% ../../nbs/training/sweep.ipynb #a0c16fd4
 def run_plan(todo: Plan, folder: Path, where: list[str], words: Callable) -> None:
-    "Make the runs of the plan in `folder`."
+    "Execute the runs of the plan in `folder`."
     for name in ("failed", "log"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "log").mkdir()
@@ -309,7 +309,7 @@ def run_plan(todo: Plan, folder: Path, where: list[str], words: Callable) -> Non
 
 # %% ../../nbs/training/sweep.ipynb #9eb91350
 def unfinished(plan: Plan, data_root: Path | None = None) -> Plan:
-    "The runs of a plan that have no result, told where the data is."
+    "The runs of a plan that have no result, with the data root."
     extra = {"data_root": str(Path(data_root).resolve())} if data_root else {}
     return [(config, given | extra) for config, given in plan if not finished(config)]
 
