@@ -497,3 +497,19 @@ def test_gain_through_the_builders():
     segmenter = build_segmenter("upernet", 3, channels=16, **options)
     for network in (detector, segmenter):
         assert {m.attention_gain for m in attentions(network).values()} == {4.0}
+
+
+def test_a_gain_alone_scales_the_residual_branch():
+    "The control for a mechanism's gain at initialisation: a constant where a mechanism would be."
+    plain, scaled = small(), attend(small(), None, position="before_add", gain=0.5)
+    scaled.load_state_dict(plain.state_dict())
+    block, other = plain.eval().layer1[0], scaled.eval().layer1[0]
+    x = torch.rand(1, block.conv1.in_channels, 8, 8)
+    branch = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
+    torch.testing.assert_close(other(x), torch.relu(x + 0.5 * branch))
+
+
+@pytest.mark.parametrize("given", [{"gain": 0.5}, {"position": "before_add", "reduction": 4}])
+def test_a_gain_alone_needs_a_position_and_takes_no_option(given):
+    with pytest.raises(ValueError, match="without a mechanism there are position= and gain= alone"):
+        attend(small(), None, **given)
