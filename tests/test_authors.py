@@ -1,4 +1,4 @@
-"""Networks of the authors: recorded outputs, files as people have them, names that are guessed, and the way back."""
+"""Networks of the authors: recorded outputs, files as people have them, guessed names, and back again."""
 
 import importlib.util
 import json
@@ -195,7 +195,9 @@ def averaged(state):
 
 
 def of_a_detector(state):
-    return {"state_dict": {f"backbone.{k}": v for k, v in state.items()} | {"neck.conv.weight": torch.ones(3)}}
+    return {
+        "state_dict": {f"backbone.{k}": v for k, v in state.items()} | {"neck.conv.weight": torch.ones(3)}
+    }
 
 
 def without_counters(state):
@@ -261,7 +263,9 @@ def test_a_wrong_file_is_described_in_few_lines_and_the_authors_names(tmp_path):
     assert "other shape: layer1.1.conv1.weight is (2, 2) instead of (16, 16, 3, 3)" in lines
 
 
-@pytest.mark.parametrize("name", ["eca_resnet18", "timm_skresnet18", "scsa_resnet50", "danet_head", "fcanet34"])
+@pytest.mark.parametrize(
+    "name", ["eca_resnet18", "timm_skresnet18", "scsa_resnet50", "danet_head", "fcanet34"]
+)
 def test_weights_of_a_stock_network_fit_none(name):
     with torch.device("meta"):
         stock = Trunk(Design()).state_dict()
@@ -315,7 +319,10 @@ def test_an_unknown_name_suggests_the_nearest():
 
 
 def test_residual_branches_begin_at_zero_where_the_authors_have_it():
-    last = {name: authors.build(name, num_classes=2).layer1[0].bn3.weight for name in ("scsa_resnet50", "sa_resnet50")}
+    last = {
+        name: authors.build(name, num_classes=2).layer1[0].bn3.weight
+        for name in ("scsa_resnet50", "sa_resnet50")
+    }
     assert (last["scsa_resnet50"] == 0).all() and (last["sa_resnet50"] == 1).all()
     assert (authors.build("scsa_resnet50", 2, zero_init=False).layer1[0].bn3.weight == 1).all()
 
