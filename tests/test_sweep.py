@@ -74,7 +74,8 @@ DRIVER = """
 import sys
 from scsa_book.training import sweep
 sweep.JOB = (sys.argv[1],)
-sweep.sweep(**eval(sys.argv[2]))
+given = eval(sys.argv[2])
+sweep.sweep(given.pop("name"), **given)
 """
 
 
