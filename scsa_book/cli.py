@@ -487,7 +487,7 @@ def recounting(write: bool) -> None:
     from scsa_book.evidence import ledger as ledgers
 
     if ledgers.is_current() and not write:
-        print(f"{len(ledgers.ledgers())} costs kept, nothing that they depend on has changed")
+        print(f"{len(ledgers.stored())} costs kept, nothing that they depend on has changed")
         return
     found = counting()
     changed = ledgers.changes(ledgers.stored(), found)
