@@ -63,7 +63,7 @@ class AnnotatedObject(NamedTuple):
 
 # %% ../../nbs/training/annotations.ipynb #901834b1
 def clip_box(found: AnnotatedObject, width: int, height: int, notes: list[str]) -> list[float] | None:
-    "The box of `found` clipped to the picture; None, and a note, if nothing is left of it."
+    "The box of `found` clipped to the image; None, and a note, if nothing is left of it."
     limits = (width, height, width, height)
     pairs = zip(found.box, limits, strict=True)
     box = [min(max(float(v), 0.0), float(limit)) for v, limit in pairs]
@@ -156,14 +156,14 @@ def text_of(path: Path, remedy: str) -> str:
 
 # %% ../../nbs/training/annotations.ipynb #cd1d5307
 def check_images_exist(annotations: Annotations, remedy: str) -> Annotations:
-    "`annotations`, after making sure that it has pictures, and that each is on disk."
+    "`annotations`, after making sure that it has images, and that each is on disk."
     missing = [p.file for p in annotations.images if not os.path.isfile(p.file)]
     if missing:
-        of_all = f"{len(missing)} of {len(annotations.images)} pictures missing"
+        of_all = f"{len(missing)} of {len(annotations.images)} images missing"
         what = f"{of_all}, first {missing[0].name}"
         raise DataError(what, missing[0].parent, remedy)
     if not annotations.images:
-        raise DataError(f"no pictures in the half {annotations.split!r}", "the annotations", remedy)
+        raise DataError(f"no images in the split {annotations.split!r}", "the annotations", remedy)
     files = ((os.path.normpath(p.file), f"image {p.image_id}") for p in annotations.images)
     unique(files, "the file", f"the half {annotations.split!r}")
     return annotations
@@ -171,7 +171,7 @@ def check_images_exist(annotations: Annotations, remedy: str) -> Annotations:
 # %% ../../nbs/training/annotations.ipynb #51c8689d
 COCO_REMEDY = (
     "A COCO folder has annotations/instances_train*.json and instances_val*.json, "
-    "and the pictures in train*/ and val*/."
+    "and the images in train*/ and val*/."
 )
 
 
@@ -250,7 +250,7 @@ def run_lengths(text: str) -> list[int]:
 def coco_runs(outline: dict, size: tuple[int, int], where: str) -> dict:
     "Run lengths of a mask; DataError unless they are those of an image of `size`."
     if not isinstance(given := field(outline, "size", where), list) or tuple(given) != size:
-        raise DataError(f"run lengths for a picture of {given}, not {list(size)}", where, CORRECT)
+        raise DataError(f"run lengths for an image of {given}, not {list(size)}", where, CORRECT)
     counts = field(outline, "counts", where)
     try:
         runs = run_lengths(counts) if isinstance(counts, str) else counts
@@ -433,14 +433,14 @@ def fill(outline: list | dict, height: int, width: int) -> np.ndarray:
 
 # %% ../../nbs/training/annotations.ipynb #c09bbefa
 def has_masks(image: AnnotatedImage) -> None:
-    "DataError unless each object of a picture has a mask."
+    "DataError unless each object of an image has a mask."
     if image.outlines is None and len(image.labels):
         what = f"{image.file.name} has objects without masks"
         raise DataError(what, image.file.parent, "Use a set with masks, or boxes only.")
 
 
 def masks_of(image: AnnotatedImage) -> np.ndarray:
-    "The masks of a picture, uint8 (N, H, W); DataError where it has boxes only."
+    "The masks of an image, uint8 (N, H, W); DataError where it has boxes only."
     has_masks(image)
     masks = [fill(o, image.height, image.width) for o in image.outlines or ()]
     return np.stack(masks) if masks else np.zeros((0, image.height, image.width), np.uint8)
@@ -483,7 +483,7 @@ def read_voc(
     split: str,  # a list of ImageSets/Main
     classes: Sequence[str] = VOC_CLASSES,
     first: int = 1,  # number of the first pixel: 1 in VOC, 0 where edges are written
-    first_id: int = 0,  # id of the first picture
+    first_id: int = 0,  # id of the first image
 ) -> Annotations:
     "One split of a set in Pascal VOC's format; difficult objects are crowds."
     listed = text_of(folder / "ImageSets" / "Main" / f"{split}.txt", VOC_REMEDY).split()
@@ -525,7 +525,7 @@ def visdrone_object(line: str, where: str) -> AnnotatedObject:
 
 # %% ../../nbs/training/annotations.ipynb #ddae0580
 def size_on_disk(path: Path, remedy: str) -> tuple[int, int]:
-    "Height and width of a picture from its header; DataError if it is missing or none."
+    "Height and width of an image from its header; DataError if it is missing or none."
     if not path.is_file():
         raise DataError(f"no file {path.name}", path.parent, remedy)
     return shown_size(path, remedy)
@@ -614,7 +614,7 @@ def by_lower_case(folder: Path) -> dict[str, Path]:
 
 # %% ../../nbs/training/annotations.ipynb #5b271516
 def read_exdark(folder: Path, splits: Sequence[str] = ("train", "val")) -> Annotations:
-    "The pictures of ExDark in `splits` (train, val, test)."
+    "The images of ExDark in `splits` (train, val, test)."
     images, notes = [], []
     image_files = {c: by_lower_case(folder / "ExDark" / c) for c in EXDARK_CLASSES}
     texts = {c: by_lower_case(folder / "ExDark_Annno" / c) for c in EXDARK_CLASSES}
@@ -640,7 +640,7 @@ FLIR_CLASSES = (
 
 
 def read_flir(folder: Path, split: str) -> Annotations:
-    "The thermal pictures of one half: `train` or `val`."
+    "The thermal images of one split: `train` or `val`."
     folder_of_split = folder / f"images_thermal_{split}"
     if not (folder_of_split / "coco.json").is_file():
         raise DataError("no file coco.json", folder_of_split, FLIR_REMEDY)

@@ -75,7 +75,7 @@ AWAY = "It existed before: restore the data, and the same call resumes from its 
 # %% ../../nbs/training/data.ipynb #f15b956d
 @contextlib.contextmanager
 def open_image(path: Path, remedy: str = DAMAGED):
-    "A picture's file as Pillow opens it; DataError if it is away or cannot be decoded."
+    "An image's file as Pillow opens it; DataError if it is away or cannot be decoded."
     from PIL import Image
 
     try:
@@ -152,13 +152,13 @@ def read_image(path: Path):
 
 # %% ../../nbs/training/data.ipynb #c9e643e0
 class FolderImages(Dataset):
-    "Pictures on disk, decoded and changed when drawn."
+    "Images on disk, decoded and changed when drawn."
 
     def __init__(
         self,
         paths: list[Path],
         labels: Tensor,
-        transform: Callable,  # PIL picture -> uint8 (3, H, W)
+        transform: Callable,  # PIL image -> uint8 (3, H, W)
     ):
         self.paths, self.labels, self.transform = paths, labels, transform
 
@@ -218,11 +218,11 @@ def files_of_classes(folder: Path) -> tuple[dict[str, dict[str, list[Path]]], li
     for odd in sorted(named["train"] ^ named["val"]):
         split = "train" if odd not in named["train"] else "val"
         if odd in found[split]:
-            raise DataError(f"no pictures of class `{odd}`", folder / split / odd, LAYOUT)
+            raise DataError(f"no images of class `{odd}`", folder / split / odd, LAYOUT)
     if odd := sorted(named["train"] ^ named["val"]):
         raise DataError(f"train and val differ: {', '.join(odd[:5])}", folder, LAYOUT)
     if not named["train"]:
-        raise DataError("no pictures in any class", folder, LAYOUT)
+        raise DataError("no images in any class", folder, LAYOUT)
     empty = sorted({*found["train"], *found["val"]} - named["train"])
     notes = [f"{folder}: classes without images left out: {', '.join(empty)}"] if empty else []
     return {split: {c: found[split][c] for c in sorted(named[split])} for split in found}, notes
@@ -236,15 +236,15 @@ def list_images(files: dict[str, list[Path]]) -> tuple[list[Path], Tensor]:
 # %% ../../nbs/training/data.ipynb #55eabdab
 @dataclass(frozen=True)
 class ImageDataset:
-    "Training and test pictures with what a run must know about them."
+    "Training and test images with what a run must know about them."
 
     name: str
     train: Dataset
     test: Dataset
     classes: tuple[str, ...]
-    mean: tuple[float, ...]  # of each channel, of pictures in [0, 1]
+    mean: tuple[float, ...]  # of each channel, of images in [0, 1]
     std: tuple[float, ...]
-    fingerprint: str  # SHA-256 of the pictures and labels
+    fingerprint: str  # SHA-256 of the images and labels
     notes: tuple[str, ...] = ()  # what was left out, and where
 
 # %% ../../nbs/training/data.ipynb #5b6ed734

@@ -245,7 +245,7 @@ class FileMaps(ClassMaps):
 
 # %% ../../nbs/training/segmentation-data.ipynb #794735e7
 def pair_files(images: Path, classes: Path, remedy: str) -> list[tuple[Path, Path]]:
-    "Pictures of a folder with the files of their classes; DataError if one has none."
+    "Images of a folder with the files of their classes; DataError if one has none."
     for folder in (images, classes):
         if not folder.is_dir():
             raise DataError(f"no folder `{folder.name}`", folder.parent, remedy)
@@ -254,8 +254,8 @@ def pair_files(images: Path, classes: Path, remedy: str) -> list[tuple[Path, Pat
     ann.unique(((p.stem, p.name) for p in files), "the name", str(images))
     lost = [p.name for p in files if p.stem not in known]
     if lost or not files:
-        missing = f"no classes for {len(lost)} pictures, first {lost[0]}" if lost else ""
-        raise DataError(missing or "no pictures", classes if lost else images, remedy)
+        missing = f"no classes for {len(lost)} images, first {lost[0]}" if lost else ""
+        raise DataError(missing or "no images", classes if lost else images, remedy)
     return [(p, known[p.stem]) for p in files]
 
 # %% ../../nbs/training/segmentation-data.ipynb #738d94bc
@@ -294,7 +294,7 @@ def ade_classes(location: Path) -> tuple[str, ...]:
 # %% ../../nbs/training/segmentation-data.ipynb #6d695c3e
 @dataclass(frozen=True)
 class SegmentationDataset(ImageDataset):
-    "Training and test pictures with classes; `ImageModule` makes loaders of it."
+    "Training and test images with classes; `ImageModule` makes loaders of it."
 
     ignore: int = IGNORE  # the class that losses and scores pass over
 
@@ -371,8 +371,8 @@ class SegmentationOptions(Options):
 def segmentation_dataset(
     name: str,  # scenes, coco-mini, coco2017, camvid, ade20k or coco:NAME
     root: Path | str | None = None,  # the data root; SCSA_BOOK_DATA by default
-    train_images: int | None = None,  # only so many training pictures
-    test_images: int | None = None,  # only so many test pictures
+    train_images: int | None = None,  # only so many training images
+    test_images: int | None = None,  # only so many test images
     crop: tuple[int, int] | None = None,  # of training; None: that of the facts
     scale: tuple[float, float] | None = None,  # range of random scales; None: likewise
     distort: bool = False,  # change colours at random

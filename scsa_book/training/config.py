@@ -31,9 +31,9 @@ class RunConfig(BaseModel):
     preset: str = "sample"  # whose defaults these are; also the folder of the result
     paper: Literal["scsa", "cat"] | None = None  # whose recipe, under the preset `paper`
     dataset: str = "fashion-mnist"
-    train_images: int | None = Field(None, ge=2)  # only so many training pictures
-    test_images: int | None = Field(None, ge=1)  # only so many test pictures
-    data_options: dict[str, Any] = {}  # of the data set, such as the size of scenes
+    train_images: int | None = Field(None, ge=2)  # only so many training images
+    test_images: int | None = Field(None, ge=1)  # only so many test images
+    data_options: dict[str, Any] = {}  # of the dataset, such as the size of scenes
     network: str = "resnet8"
     backbone: str | None = None  # of a detector or segmenter; None: its own default
     network_options: dict[str, Any] = {}  # of a detector or segmenter
@@ -42,7 +42,7 @@ class RunConfig(BaseModel):
     position: str | None = None  # None: the role it is registered with
     options: dict[str, Any] = {}  # of the mechanism
     epochs: int = Field(1, ge=1)
-    epoch_steps: int | None = Field(None, ge=1)  # of an epoch; None: once through the pictures
+    epoch_steps: int | None = Field(None, ge=1)  # of an epoch; None: once through the images
     batch_size: int = Field(128, ge=2)  # over all devices
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.1, gt=0)
@@ -108,7 +108,7 @@ class Execution(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    workers: Whole | None = Field(None, ge=0)  # that fetch pictures; None: chosen to keep up
+    workers: Whole | None = Field(None, ge=0)  # that fetch images; None: chosen to keep up
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto"
     devices: Whole = Field(1, ge=1)
     nodes: Whole = Field(1, ge=1)

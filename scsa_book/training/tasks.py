@@ -69,7 +69,7 @@ def sizes_of(config) -> tuple[list[int], int]:
 
 # %% ../../nbs/training/tasks.ipynb #43306428
 def load_detection(config, root: Path | None) -> detection.DetectionDataset:
-    "Pictures with boxes, and with masks for Mask R-CNN."
+    "Images with boxes, and with masks for Mask R-CNN."
     limits = (config.train_images, config.test_images)
     masks, scaled = config.network == "mask_rcnn", sizes_of(config)
     options = config.data_options
