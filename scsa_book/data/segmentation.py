@@ -353,7 +353,7 @@ Factor = Annotated[Number, Field(ge=0.01, le=100)]
 
 
 class SegmentationOptions(Options):
-    "What a set for segmentation can be told beside its name."
+    "What a dataset for segmentation takes beside its name."
 
     crop: tuple[Side, Side] | None = None  # of training, height and width; None: the set's own
     scale: tuple[Factor, Factor] | None = None  # range of random scales; None: likewise

@@ -95,7 +95,7 @@ def library_operator(written: Callable, form: Callable, device: str, fake: Calla
 
 # %% ../../nbs/operators/choice.ipynb #84b7ca52
 def with_gradient(run: Callable, gradient: Callable) -> Callable:
-    "`run` for autograd: `gradient` is told the outputs' gradients and all arguments."
+    "`run` for autograd: `gradient` takes the outputs' gradients and all arguments."
 
     class Whole(torch.autograd.Function):
         @staticmethod
@@ -120,7 +120,7 @@ def with_gradient(run: Callable, gradient: Callable) -> Callable:
 
 # %% ../../nbs/operators/choice.ipynb #0db98e20
 def operator(written: Callable) -> Callable:
-    "The written form, with a place for others: `@name.on(device)`, `@name.composed_on(device)`."
+    "The written form, open to others: `@name.on(device)`, `@name.composed_on(device)`."
     forms: dict[str, Form] = {}
 
     @functools.wraps(written)
