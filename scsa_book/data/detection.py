@@ -76,7 +76,7 @@ FACTS = {
 
 # %% ../../nbs/training/detection-data.ipynb #a3a39481
 def facts(name: str) -> DetectionFacts:
-    "What is known of the set `name`; ValueError for a name that is none."
+    "The facts of the dataset `name`; ValueError for an unknown name."
     if folder_name(name, "coco:"):
         return known(None, ANY, ann.COCO_REMEDY, masks=True)
     if name not in FACTS:
@@ -139,16 +139,16 @@ def augmented(image: Tensor, target: dict[str, Tensor], augment: Callable) -> tu
 
 # %% ../../nbs/training/detection-data.ipynb #381c730d
 class Detections(Dataset):
-    "Images with targets; what they are, a subclass says."
+    "Images with targets; subclasses define them."
 
-    augment: Callable | None = None  # a random change of image and target
+    augment: Callable | None = None  # augmentation of image and target
 
     def pair(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         "Image, uint8 (3, H, W), and target number `index`."
         raise NotImplementedError
 
     def changed_pair(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        "Image and target number `index` after their random change."
+        "Image and target number `index` after augmentation."
         pair = self.pair(index)
         return augmented(*pair, self.augment) if self.augment else pair
 
@@ -230,7 +230,7 @@ class SceneDetections(Detections):
 
 # %% ../../nbs/training/detection-data.ipynb #292c62a4
 def coco_split(location: Path, split: str, masks: bool = True) -> Annotations:
-    "The half `train` or `val` of a folder in COCO's layout; outlines are looked at for masks."
+    "The split `train` or `val` of a folder in COCO's layout; outlines are read for masks."
     found = sorted((location / "annotations").glob(f"instances_{split}*.json"))
     if len(found) != 1:
         what = f"{len(found)} files instances_{split}*.json, not one"
@@ -259,7 +259,7 @@ def voc_splits(location: Path) -> list[Annotations]:
     return [both, ann.read_voc(kit / "VOC2007", "test")]
 
 # %% ../../nbs/training/detection-data.ipynb #35c05b56
-SPLIT_READERS = {  # of sets in formats without masks
+SPLIT_READERS = {  # of datasets in formats without masks
     "bccd": bccd_splits,
     "voc0712": voc_splits,
     "voc2012": lambda location: [
@@ -278,7 +278,7 @@ def read_splits(
     root: Path | str | None = None,
     masks: bool = False,  # with masks; DataError where an object has none
 ) -> tuple[Path, Annotations, Annotations]:
-    "Folder, training and test split of a dataset."
+    "Folder, training split and test split of a dataset of images."
     location = folder_of(name, root)
     train, test = SPLIT_READERS[name](location) if name in SPLIT_READERS else coco_splits(location, masks)
     for annotated in (*train.images, *test.images) if masks else ():
@@ -291,7 +291,7 @@ def read_splits(
 
 # %% ../../nbs/training/detection-data.ipynb #def91dda
 def below_root(name: str, root: Path | str | None, remedy: str) -> Path:
-    "The folder of a set below the data root; DataError if there is none."
+    "The folder of a dataset below the data root; DataError if there is none."
     if (location := chosen_root(root)) is None:
         unset = "neither data_root nor SCSA_BOOK_DATA is set"
         raise DataError(f"no data root for {name}", unset, remedy)
@@ -302,13 +302,13 @@ def below_root(name: str, root: Path | str | None, remedy: str) -> Path:
 
 
 def folder_of(name: str, root: Path | str | None = None) -> Path:
-    "Where a set lies: with the book, or below the data root."
+    "The folder of a dataset: in the book, or below the data root."
     f = facts(name)
     return embedded(name) if f.embedded else below_root(name, root, f.remedy)
 
 # %% ../../nbs/training/detection-data.ipynb #940d7a18
 def scaled_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    "Height and width after torchvision's scaling: to a short side, or at most to a long one."
+    "Height and width after torchvision's scaling: to a short side, limited by a long one."
     scale = min(shortest / min(height, width), longest / max(height, width))
     return int(height * scale), int(width * scale)
 
@@ -324,7 +324,7 @@ def scaled_sizes(annotated: AnnotatedImage, shortest: Sequence[int], longest: in
 
 
 def with_area(annotated: AnnotatedImage, scaled: tuple[int, int]) -> np.ndarray:
-    "Which boxes of an image have an area in 32 bits once it is scaled."
+    "Which boxes of an image have an area in 32 bits after scaling."
     ratio = np.float32(scaled) / np.float32([annotated.height, annotated.width])
     left, top, right, bottom = (annotated.boxes * ratio[[1, 0, 1, 0]]).T
     return (right > left) & (bottom > top)
@@ -387,7 +387,7 @@ def fingerprint_of_scenes(options: SceneOptions, count: int = 4) -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/training/detection-data.ipynb #f878f159
-SCENES = {"train": 2000, "test": 400}  # how many there are unless a run wants another number
+SCENES = {"train": 2000, "test": 400}  # default numbers of scenes
 
 
 SCENE_OPTIONS = model_of(SceneOptions, SceneOptions.__dataclass_fields__)
@@ -408,9 +408,9 @@ def scene_options(name: str, given: Mapping | SceneOptions | None) -> SceneOptio
 
 # %% ../../nbs/training/detection-data.ipynb #decbe55c
 class DetectionOptions(Options):
-    "What a dataset for detection takes beside its name."
+    "The options of a detection dataset besides its name."
 
-    augment: Literal[tuple(AUGMENTS)] = "flip"  # a random change of images and boxes
+    augment: Literal[tuple(AUGMENTS)] = "flip"  # augmentation of images and boxes
     scenes: dict[str, Any] | None = None  # what scenes are like
 
 # %% ../../nbs/training/detection-data.ipynb #b59561db
@@ -430,7 +430,7 @@ def scenes_dataset(
     masks: bool,
     augment: str,
 ) -> DetectionDataset:
-    "Scenes as a set."
+    "Scenes as a dataset."
     f, transform = FACTS["scenes"], AUGMENTS[augment]
     return DetectionDataset(
         "scenes", SceneDetections(options, "train", train, masks, transform),
@@ -440,16 +440,16 @@ def scenes_dataset(
 
 # %% ../../nbs/training/detection-data.ipynb #811d23a8
 def detection_dataset(
-    name: str,  # scenes, bccd, coco-mini, a set below the data root, or coco:NAME
+    name: str,  # scenes, bccd, coco-mini, a dataset below the data root, or coco:NAME
     root: Path | str | None = None,  # the data root; SCSA_BOOK_DATA by default
-    train_images: int | None = None,  # only so many training images
-    test_images: int | None = None,  # only so many test images
+    train_images: int | None = None,  # number of training images; None: all
+    test_images: int | None = None,  # number of test images; None: all
     masks: bool = False,  # with masks
     augment: str = "flip",  # none, flip, or flip-crop
-    scenes: Mapping | SceneOptions | None = None,  # what scenes are like
+    scenes: Mapping | SceneOptions | None = None,  # options of scenes
     scaled: tuple[Sequence[int], int] | None = None,  # short sides and longest side of a detector
 ) -> DetectionDataset:
-    "A set for detection; DataError if it is missing or damaged, ValueError if asked wrongly."
+    "A detection dataset; DataError if missing or damaged, ValueError for wrong arguments."
     check_request(name, masks, augment)
     options = scene_options(name, scenes)
     if name == "scenes":
