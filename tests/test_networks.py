@@ -143,7 +143,7 @@ def test_sk_as_a_convolution_counts_what_timm_counts():
     assert size(ours) == size(on_paper(timm.create_model, "skresnext50_32x4d"))
 
 
-# ---- places ----
+# ---- positions ----
 
 
 def add(block, x, out):
@@ -229,7 +229,7 @@ def test_block_computes_what_a_hand_written_one_does(kind, role, attention):
     expected = by_hand(stock, x, *positions)
     assert torch.allclose(by_literal(x), expected, atol=1e-6)
     assert not torch.allclose(stock(x), expected, atol=1e-3)
-    if "basic" in kind:  # both places have the same width, so the wrong one would fit, too
+    if "basic" in kind:  # both positions have the same width, so the wrong one would fit, too
         assert not torch.allclose(by_hand(stock, x, *positions[::-1]), expected, atol=1e-3)
 
 

@@ -31,7 +31,7 @@ DIRECTIVE = re.compile(r"#\|\s?(.*?)\s*$")
 CALLOUT = re.compile(rf"^(:{{3,}})\s*\{{\.({'|'.join(CALLOUTS)})\b([^}}]*)\}}\s*$", re.M)
 HEAD = re.compile(r"\A\s*# +(?P<title>[^\n]+)\n*(?P<quote>(?:>[^\n]*(?:\n|\Z))+)?\s*(?P<rest>.*)\Z", re.S)
 GLOSSARY = Path("nbs/foundations/glossary.ipynb")
-# Where a term is not linked: code, formulas, links, citations, tags, headings, tables, captions, quotes and fences.
+# Not linked: what is in code, formulas, links, citations, tags, headings, tables, captions, quotes and fences.
 PROTECTED = re.compile(
     r"```.*?```|`[^`\n]*`|\$\$.*?\$\$(?:\s*\{[^}\n]*\})?|\$(?:[^$\n]|\n(?!\n))+\$|!?\[[^\]]*\](?:\([^)]*\)|\{[^}]*\})?|@[\w:-]+"
     r"|<[^>\n]+>|https?://\S+|^(?:#|\||:|>)[^\n]*$",
@@ -170,7 +170,7 @@ def open_callouts(source):
 
 
 def asis(cell):
-    "What a cell with `output: asis` wrote, as Markdown of the page, so that its headings are the page's; else None."
+    "The Markdown that a cell with `output: asis` wrote, so that its headings are the page's; else None."
     if cell["cell_type"] != "code" or "output: asis" not in split_head(text(cell))[0]:
         return None
     parts = (o["data"].get("text/markdown", "") for o in cell["outputs"] if "data" in o)

@@ -7,14 +7,14 @@ __all__ = ['RESIDUAL', 'SE_LINEAR', 'ECA', 'FCA', 'CBAM', 'SGE', 'SA', 'GC', 'ST
            'BAM_LAYERS', 'BAM', 'SENET', 'JONGCHAN', 'ECANET', 'FCANET', 'SANET', 'INSIGHT', 'GCNET', 'SCSANET',
            'GENET', 'COORD', 'DANET', 'TIMM', 'ALL', 'DEEP', 'SMALL', 'ROWS', 'se', 'cbam', 'bam', 'CIFAR', 'fca', 'sa',
            'sge', 'dense_and_grouped', 'SK_INSIGHT', 'gc', 'scsa', 'MM', 'WIDTHS', 'MOBILE', 'EXPANDED', 'FIRST',
-           'EXPANDING', 'COORD_RULES', 'ca', 'ECA_MOBILE', 'NARROW', 'mobile_eca', 'BLOCKS_OF', 'PLACES', 'SCSA_MOBILE',
-           'WIDE', 'VARIANTS', 'DANET_RULES', 'STEMS', 'head_alone', 'DEEP_STEM', 'TIERED', 'POOLED', 'ZERO', 'D', 'T',
-           'X4', 'X8', 'TIMM_TRUNKS', 'SENET154', 'WIDE_SE', 'NEXT', 'WITH_ECA', 'LEGACY_NAMES', 'LEGACY_STEM',
-           'legacy', 'CAFFE', 'SE_MODULE', 'rectified', 'FIRST_STRIDE', 'halves', 'SK_TIMM', 'basic', 'wide',
-           'SK_TRUNKS', 'BYOB_NAMES', 'GCA', 'STEM_4', 'SILU', 'SHAPE_33', 'GROUPED', 'BYOB_TRUNKS', 'gca', 'BYOB',
-           'BYOB_RULES', 'Source', 'Rule', 'Row', 'rule', 'linear_as_conv', 'se_rules', 'residual', 'residual_network',
-           'of', 'resnet', 'eca', 'insight_width', 'ge_rules', 'wide_network', 'DualAttention', 'danet', 'timm_se',
-           'timm_eca', 'legacy_row', 'floor_8', 'floor_16', 'timm_gc']
+           'EXPANDING', 'COORD_RULES', 'ca', 'ECA_MOBILE', 'NARROW', 'mobile_eca', 'BLOCKS_OF', 'BLOCK_NUMBERS',
+           'SCSA_MOBILE', 'WIDE', 'VARIANTS', 'DANET_RULES', 'STEMS', 'head_alone', 'DEEP_STEM', 'TIERED', 'POOLED',
+           'ZERO', 'D', 'T', 'X4', 'X8', 'TIMM_TRUNKS', 'SENET154', 'WIDE_SE', 'NEXT', 'WITH_ECA', 'LEGACY_NAMES',
+           'LEGACY_STEM', 'legacy', 'CAFFE', 'SE_MODULE', 'rectified', 'FIRST_STRIDE', 'halved_conv', 'SK_TIMM',
+           'basic', 'wide', 'SK_TRUNKS', 'BYOB_NAMES', 'GCA', 'STEM_4', 'SILU', 'SHAPE_33', 'GROUPED', 'BYOB_TRUNKS',
+           'gca', 'BYOB', 'BYOB_RULES', 'Source', 'Rule', 'Row', 'rule', 'linear_as_conv', 'se_rules', 'residual',
+           'residual_network', 'of', 'resnet', 'eca', 'insight_width', 'ge_rules', 'wide_network', 'DualAttention',
+           'danet', 'timm_se', 'timm_eca', 'legacy_row', 'floor_8', 'floor_16', 'timm_gc']
 
 # %% ../../nbs/networks/authors-table.ipynb #a9cdd848
 import re
@@ -311,10 +311,10 @@ ROWS |= {
 
 # %% ../../nbs/networks/authors-table.ipynb #009e0196
 BLOCKS_OF = (1, 2, 3, 4, 3, 3, 1)  # of the seven stages of MobileNetV2
-PLACES = [(s, i) for s, n in enumerate(BLOCKS_OF, 1) for i in range(n)]
+BLOCK_NUMBERS = [(s, i) for s, n in enumerate(BLOCKS_OF, 1) for i in range(n)]
 SCSA_MOBILE = [Rule(r"^features\.0\.0\.", "conv1.conv."), Rule(r"^features\.0\.1\.", "conv1.bn."),
                Rule(r"^features\.18\.0\.", "conv2.conv."), Rule(r"^features\.18\.1\.", "conv2.bn.")]
-for stage_block, number in zip(PLACES, range(1, 18), strict=True):
+for stage_block, number in zip(BLOCK_NUMBERS, range(1, 18), strict=True):
     begin, projection = rf"^features\.{number}\.", 2 if number == 1 else 3
     layer = f"layer{stage_block[0]}.{stage_block[1]}.conv."
     SCSA_MOBILE += [Rule(begin + "@", f"{layer}{projection - 1}.@")]
@@ -506,7 +506,7 @@ def floor_16(width: int) -> int:
     return max(width // 8, 16)
 
 
-halves = partial(SelectiveConv, groups=(1, 1), halved=True)
+halved_conv = partial(SelectiveConv, groups=(1, 1), halved=True)
 SK_TIMM = [
     Rule(r"\.branches\.(\d)\.0\.", r".paths.\1.@conv."), Rule(r"\.branches\.(\d)\.1\.", r".paths.\1.@bn."),
     Rule(r"\.selector\.reduce\.weight", ".attn.fc_reduce.weight", "o i -> o i 1 1"),
@@ -515,7 +515,7 @@ SK_TIMM = [
     Rule(r"^(layer\d\.\d+\.conv\d)\.(weight|bias)", r"\1.@conv.\2"),
     Rule(r"^(layer\d\.\d+)\.bn(\d)\.", r"\1.conv\2.@bn."), Rule("@", ""),
 ]  # fmt: skip
-basic, wide = partial(halves, hidden=floor_16), partial(halves, hidden=floor_8)
+basic, wide = partial(halved_conv, hidden=floor_16), partial(halved_conv, hidden=floor_8)
 SK_TRUNKS = {
     **{f"resnet{d}": resnet(d, select=basic) for d in (18, 34)},
     "resnet50": resnet(50, select=wide), "resnet50d": resnet(50, select=wide, **D),
