@@ -42,7 +42,7 @@ def _stage_options(row: Row, options: Mapping, stage: int) -> dict:
     return {k: v[stage] if isinstance(v, tuple) else v for k, v in chosen.items()}
 
 
-def _place(network: nn.Module, row: Row, options: Mapping) -> None:
+def _attach(network: nn.Module, row: Row, options: Mapping) -> None:
     "Put a row's mechanism into all its blocks."
     for stage, blocks in enumerate(row.stages):
         chosen = _stage_options(row, options, stage)
@@ -74,7 +74,7 @@ def build(
     trunk = {k: v for k, v in options.items() if k in row.trunk_options}
     network = row.trunk(row.num_classes if num_classes is None else num_classes, **trunk)
     if row.attention is not None:
-        _place(network, row, {k: v for k, v in options.items() if k in row.options})
+        _attach(network, row, {k: v for k, v in options.items() if k in row.options})
     return network
 
 # %% ../../nbs/networks/authors.ipynb #0af80928

@@ -300,7 +300,7 @@ def save_evaluation(
     run: RunResult | None = None,
     execution: Execution = Execution(),  # noqa: B008
 ) -> EvaluationResult:
-    "Write the result of an evaluation to its place, and return it."
+    "Write the result of an evaluation, and return it."
     metrics, total, more = done.counted.read(), len(images.test), {}
     if evaluation.task == "classify":
         hits = done.counted.hits()
