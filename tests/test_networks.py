@@ -31,7 +31,7 @@ from scsa_book.networks.placement import (
     maps_of,
     reconnect,
 )
-from scsa_book.networks.sites import BLOCKS, matches, positions, placements
+from scsa_book.networks.sites import BLOCKS, matches, placements, positions
 from scsa_book.networks.small import resnet50_small, resnet101_small, small_resnet
 from scsa_book.networks.small_mobile import mobilenetv2_small, shufflenetv2_small
 
@@ -510,7 +510,8 @@ def test_attention_at_a_container_is_called_once():
             self.calls += 1
             return x
 
-    for side, name in (("after", "layer2.0.attention.after_block"), ("before", "layer2.0.attention.before_block")):
+    held = "layer2.0.attention"
+    for side, name in (("after", f"{held}.after_block"), ("before", f"{held}.before_block")):
         network = tiny()
         example = torch.randn(2, 3, 32, 32)
         attend_modules(network, "layer2", lambda channels: Count(), side=side, example=example)

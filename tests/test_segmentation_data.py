@@ -195,7 +195,7 @@ def test_ade20ks_layout_is_read(ade):
 def test_missing_and_odd_files_are_named(camvid, ade):
     folder = camvid / "camvid"
     (folder / "trainannot/b.png").unlink()
-    with pytest.raises(DataError, match="no classes for 1 pictures, first b.png: .*trainannot. CamVid, as"):
+    with pytest.raises(DataError, match="no classes for 1 images, first b.png: .*trainannot. CamVid, as"):
         segmentation_dataset("camvid", camvid)
     Image.new("RGB", (48, 20)).save(folder / "trainannot/b.png")
     with pytest.raises(DataError, match="b.png has colours, not numbers of classes"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gated_window_means', 'gated_window_average', 'spread', 'gated_window_gradient', 'weighted_rows',
-           'gated_window_means_cpu', 'gated_window_gradient_cpu']
+           'gated_window_means_cpu', 'like_factors', 'gated_window_gradient_cpu']
 
 # %% ../../nbs/operators/gated-windows.ipynb #81713af3
 import torch
@@ -71,14 +71,21 @@ def gated_window_means_cpu(x: Tensor, s_h: Tensor, s_w: Tensor, k_h: int, k_w: i
     return columns_of_few(weighted_rows(x, s_h, k_h).mul_(s_w), k_w)
 
 # %% ../../nbs/operators/gated-windows.ipynb #5bf50516
-@gated_window_gradient.on("cpu")
+def like_factors(
+    g: Tensor, x: Tensor, s_h: Tensor, s_w: Tensor, k_h: int, k_w: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    "Shapes and strides of the gradients: those of what they are gradients to."
+    return torch.empty_like(x), torch.empty_like(s_h), torch.empty_like(s_w)
+
+
+@gated_window_gradient.on("cpu", fake=like_factors)
 def gated_window_gradient_cpu(
     g: Tensor, x: Tensor, s_h: Tensor, s_w: Tensor, k_h: int, k_w: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = g.shape[2]
     u = spread(g, 3, x.shape[3], k_w)
-    to_w = (u * weighted_rows(x, s_h, k_h)).sum(2, keepdim=True)
-    to = [torch.empty_like(t) for t in (x, s_h)]
+    *to, to_w = like_factors(g, x, s_h, s_w, k_h, k_w)
+    torch.sum(u * weighted_rows(x, s_h, k_h), 2, keepdim=True, out=to_w)
     for *maps, means in pieces(x, s_h, *to, u * s_w / k_h, numbers=OF_SEVERAL):
         v, rows, to_x, to_h = (t[..., : n * k_h, :].unflatten(-2, (n, k_h)) for t in maps)
         torch.mul(means.unsqueeze(-2), rows, out=to_x)

@@ -69,7 +69,7 @@ def sizes_of(config) -> tuple[list[int], int]:
 
 # %% ../../nbs/training/tasks.ipynb #43306428
 def load_detection(config, root: Path | None) -> detection.DetectionDataset:
-    "Pictures with boxes, and with masks for Mask R-CNN."
+    "Images with boxes, and with masks for Mask R-CNN."
     limits = (config.train_images, config.test_images)
     masks, scaled = config.network == "mask_rcnn", sizes_of(config)
     options = config.data_options
@@ -166,14 +166,14 @@ CHOOSE = "Name the network that it belongs to (network=, or backbone=), or weigh
 
 
 def check_weights(name: str, source: str | None) -> None:
-    "ValueError unless a run can begin with weights from `source`; of a file only the kind is looked at."
+    "ValueError unless `source` gives initial weights; of a file only its kind is checked."
     if source == "imagenet":
         try:
             models.get_model_weights(name)
         except ValueError:
             raise ValueError(f"weights='imagenet': torchvision has none for {name}") from None
     elif source and not Path(source).expanduser().exists():
-        raise ValueError(f"weights={source!r} is no file, and not 'imagenet'")
+        raise ValueError(f"weights={source!r} is neither a file nor 'imagenet'")
     elif source:
         kind_of(Path(source).expanduser())
 
@@ -210,6 +210,6 @@ def build_network(config, classes: int) -> nn.Module:
     torch.manual_seed(config.seed)
     network = kind.build(config, classes)
     on_meta = any(p.is_meta for p in network.parameters())
-    if config.weights and not on_meta:  # where there are only shapes there is nothing to load
+    if config.weights and not on_meta:  # with shapes only there is nothing to load
         load_weights(kind.body(network), config.backbone or config.network, config.weights)
     return network

@@ -1,0 +1,414 @@
+"""A form for a device computes what is written, one rule chooses, and nothing is half recorded."""
+
+import ast
+import copy
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_attention import NARROW
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import scsa_book
+from scsa_book.attention import registry
+from scsa_book.operators import (
+    channel_attention,
+    choice,
+    convolution,
+    entropy,
+    extremes,
+    frequency,
+    gated_windows,
+    gating,
+    strips,
+    windows,
+)
+
+LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
+
+
+def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2, 8, 15, 10)):
+    "Arguments for an operator of `CASES`."
+    torch.manual_seed(0)
+    B, C, H, W = shape
+    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
+    s_h, s_w, s_c, s_p = (
+        torch.rand(s, dtype=dtype) for s in ((B, C, H, 1), (B, C, 1, W), (B, C, 1, 1), (B, 1, H, W))
+    )
+    g = torch.randn_like(x)
+    rows, columns = (torch.randn(B, C, 1, n, dtype=dtype) for n in (H, W))
+    taps = [torch.randn(C // 4, 1, k, dtype=dtype) for k in (3, 5, 7, 9)]
+    biases = [torch.randn(C // 4, dtype=dtype) for _ in range(4)]
+    factors, shifts = ([torch.randn(*s, dtype=dtype) for _ in range(3)] for s in ((C, 1, 1, 1), (C,)))
+    kernel, bias, shares = (torch.randn(s, dtype=dtype) for s in ((C, C, 3, 3), (C,), (C,)))
+    return {
+        "strip_means": (strips.strip_means, (x,)),
+        "window_means": (windows.window_means, (x, 7, 4)),
+        "window_means_whole": (windows.window_means, (x, H, W)),
+        "gate_axes": (gating.gate_axes, (x, s_h, s_w)),
+        "gate_axes_gradient": (gating.gate_axes_gradient, (g, x, s_h, s_w)),
+        "gate_in_turn": (gating.gate_in_turn, (x, s_c, s_p)),
+        "gate_in_turn_gradient": (gating.gate_in_turn_gradient, (g, x, s_c, s_p)),
+        "gate_sum": (gating.gate_sum, (x, s_c, s_p)),
+        "gated_window_means": (gated_windows.gated_window_means, (x, s_h, s_w, 7, 4)),
+        "gated_window_gradient": (
+            gated_windows.gated_window_gradient,
+            (g[:, :, : H // 7, : W // 4].contiguous(memory_format=layout), x, s_h, s_w, 7, 4),
+        ),
+        "gated_extremes": (extremes.gated_extremes, (x, s_c)),
+        "gated_extremes_gradient": (
+            extremes.gated_extremes_gradient,
+            (g[:, :2].contiguous(), x, s_c),
+        ),
+        "entropy": (entropy.entropy, (x, 1)),
+        "pattern_sums": (frequency.pattern_sums, (x, torch.randn(4, H, W, dtype=dtype))),
+        "convolve_strips": (convolution.convolve_strips, (rows, columns, taps, biases)),
+        "mixture_and_mean": (convolution.mixture_and_mean, (x, x.mean(2), kernel, bias, shares)),
+        "channel_attention": (
+            channel_attention.channel_attention,
+            (x, factors, shifts, 2, True, lambda d, n: d**-0.5, 0.0),
+        ),
+    }[name]
+
+
+CASES = (
+    "strip_means", "window_means", "window_means_whole", "gate_axes", "gate_axes_gradient", "gate_in_turn",
+    "gate_in_turn_gradient", "gate_sum", "gated_window_means", "gated_window_gradient", "gated_extremes",
+    "gated_extremes_gradient", "entropy", "pattern_sums", "convolve_strips", "mixture_and_mean", "channel_attention",
+)  # fmt: skip
+CASE = pytest.mark.parametrize("case", CASES)
+
+
+def tuple_of(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def changed(args, change):
+    "The arguments, with `change` of every tensor."
+    lists = ([change(t) for t in a] if isinstance(a, list) else a for a in args)
+    return tuple(change(a) if isinstance(a, Tensor) else a for a in lists)
+
+
+def test_every_operator_has_a_case():
+    modules = [sys.modules[n] for n in sorted(sys.modules) if n.startswith("scsa_book.operators.")]
+    operators = {v for module in modules for v in vars(module).values() if hasattr(v, "forms")}
+    assert operators == {example(case)[0] for case in CASES}
+    assert all(set(o.forms) <= {"cpu"} for o in operators)
+
+
+# ---- the same numbers
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+SHAPES = {"small": (2, 8, 15, 10), "several pieces": (3, 64, 76, 75)}
+
+
+def close(found, expected, tolerance):
+    for a, b in zip(tuple_of(found), tuple_of(expected), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max()
+
+
+@CASE
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_form_computes_what_is_written(case, layout, dtype, shape):
+    if shape != "small" and dtype not in (torch.float32, torch.float64):
+        pytest.skip("half precision takes the same way and long on a CPU")
+    operator, args = example(case, dtype, LAYOUTS[layout], SHAPES[shape])
+    assert choice.chosen(operator.forms, args) is not None
+    before = copy.deepcopy(changed(args, torch.clone))
+    found = operator(*args)
+    for now, then in zip(choice.tensors_of(args), choice.tensors_of(before), strict=True):
+        assert torch.equal(now, then), "an argument was written to"
+    if case == "gated_extremes_gradient" and dtype in (torch.float16, torch.bfloat16):
+        exact = operator.written(*args)  # what ties depends on the precision
+    else:
+        exact = operator.written(*changed(args, Tensor.double))
+    close(*(tuple(t.double() for t in tuple_of(r)) for r in (found, exact)), TOLERANCE[dtype])
+    assert all(t.dtype == dtype for t in tuple_of(found))
+
+
+@CASE
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_gradients_are_those_of_what_is_written(case, layout, threads):
+    operator, args = example(case, torch.float64, LAYOUTS[layout])
+    args = changed(args, lambda t: t.clone().requires_grad_())
+    wanted, before = choice.tensors_of(args), torch.get_num_threads()
+    if case == "mixture_and_mean":  # the means of the columns are no argument of their own
+        args, wanted = (args[0], args[0].mean(2), *args[2:]), [args[0], *wanted[2:]]
+    torch.set_num_threads(threads)
+    try:
+        found, expected = tuple_of(operator(*args)), tuple_of(operator.written(*args))
+    finally:
+        torch.set_num_threads(before)
+    weights = [torch.randn_like(t) for t in expected]
+    both = (torch.autograd.grad(y, wanted, weights, allow_unused=True) for y in (found, expected))
+    for a, b in zip(*both, strict=True):
+        assert b is None or torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+DIFFERENTIABLE = [c for c in CASES if example(c)[0].forms["cpu"].differentiable and c != "mixture_and_mean"]
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE)
+def test_gradients_of_gradients(case):
+    operator, args = example(case, torch.float64, shape=(1, 4, 8, 4))
+    args = changed(args, lambda t: t.requires_grad_())
+    assert torch.autograd.gradcheck(operator, args)
+    assert torch.autograd.gradgradcheck(operator, args)
+
+
+# ---- an operator of torch.library is one in every respect
+
+WHOLE = [case for case in CASES if isinstance(example(case)[0].forms["cpu"].run, torch._ops.OpOverload)]
+
+
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(case, layout):
+    operator, args = example(case, layout=LAYOUTS[layout])
+    torch.library.opcheck(operator.forms["cpu"].run, args)
+
+
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+def test_vmap_of_an_operator_goes_over_its_examples(case):
+    operator, args = example(case)
+    many = changed(args, lambda t: torch.stack([t, 2 * t]))
+    dims = tuple(0 if isinstance(a, Tensor) else None for a in args)
+    found = torch.vmap(operator.forms["cpu"].run, dims)(*many)
+    twice = operator.written(*changed(args, lambda t: 2 * t))
+    close(tuple(t[1] for t in tuple_of(found)), twice, 1e-5)
+
+
+# ---- who chooses
+
+
+class Subclass(Tensor):
+    pass
+
+
+def probe(case):
+    "Whether the rule chose a form, asked from within whatever surrounds the call."
+    operator, args = example(case)
+    seen = []
+
+    def ask(x, *rest):
+        seen.append(choice.chosen(operator.forms, (x, *rest)) is not None)
+        return tuple_of(operator(x, *rest))[0].sum()
+
+    return seen, ask, args
+
+
+@CASE
+def test_ordinary_tensors_get_the_form_of_their_device(case):
+    seen, ask, args = probe(case)
+    ask(*args)
+    with torch.no_grad():
+        ask(*args)
+    with torch.inference_mode():
+        ask(*args)
+    assert seen == [True] * 3
+
+
+@CASE
+def test_the_written_form_runs_wherever_something_looks_on(case):
+    seen, ask, (x, *rest) = probe(case)
+    torch.func.grad(ask)(x, *rest)
+    torch.func.jvp(lambda t: ask(t, *rest), (x,), (x,))
+    torch.vmap(lambda t: ask(t, *rest))(torch.stack([x, x]))
+    with forward_ad.dual_level():
+        ask(forward_ad.make_dual(x, x), *rest)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ask(x, *rest)
+    with torch._subclasses.FakeTensorMode() as mode:
+        ask(*changed((x, *rest), mode.from_tensor))
+    ask(*changed((x, *rest), lambda t: t.to("meta")))
+    ask(x.as_subclass(Subclass), *rest)
+    torch.jit.trace(lambda t: ask(t, *rest), x, check_trace=False)
+    make_fx(lambda t: ask(t, *rest), tracing_mode="symbolic")(x)
+    assert seen == [False] * 10
+
+
+def test_other_kinds_of_tensors():
+    x, s_h, s_w = example("gate_axes")[1]
+    forms = gating.gate_axes.forms
+
+    def takes(*args):
+        return choice.chosen(forms, args) is not None
+
+    assert takes(x, s_h, s_w) and takes(nn.Parameter(x), s_h, s_w)
+    assert not takes(x, s_h.double(), s_w)
+    assert not takes(*(t.int() for t in (x, s_h, s_w)))
+    assert not takes(x[:0], s_h[:0], s_w[:0])
+    assert not takes(x.to_sparse(), s_h, s_w)
+    assert not takes(torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), s_h, s_w)
+    assert not takes(x, s_h.to("meta"), s_w)
+    graph = torch.fx.Graph()
+    assert not takes(torch.fx.Proxy(graph.placeholder("x")), s_h, s_w)
+
+
+def test_a_form_without_a_gradient_is_for_inference_alone():
+    forms, (x, patterns) = frequency.pattern_sums.forms, example("pattern_sums")[1]
+    leaf = x.clone().requires_grad_()
+    assert choice.chosen(forms, (leaf, patterns)) is None
+    with torch.no_grad():
+        assert choice.chosen(forms, (leaf, patterns)) is forms["cpu"].run
+
+
+def test_a_gradient_of_many_and_a_graph_of_a_gradient():
+    "Of the backward pass: batched gradients have no memory, and a recorded one must be differentiable."
+    x, s_h, s_w = (t.double().requires_grad_() for t in example("gate_axes")[1])
+    y = gating.gate_axes(x, s_h, s_w)
+    g = torch.randn(3, *y.shape, dtype=y.dtype)
+    many = torch.autograd.grad(y, (x, s_h, s_w), g, is_grads_batched=True, retain_graph=True)
+    one = torch.autograd.grad(y, (x, s_h, s_w), g[1], create_graph=True)
+    assert all(torch.allclose(a[1], b) and b.requires_grad for a, b in zip(many, one, strict=True))
+
+
+def test_a_plain_map_inside_of_a_transform_of_something_else():
+    x, s_h, s_w = example("gate_axes")[1]
+    s_h.requires_grad_()
+    found = torch.vmap(lambda t: (gating.gate_axes(x, s_h, s_w) * t).sum())(torch.ones(2))
+    assert torch.allclose(found, (x * s_h * s_w).sum().expand(2), rtol=1e-4)
+
+
+def test_a_cell_that_runs_again_replaces_its_operator():
+    space = {"operator": choice.operator, "Tensor": Tensor, "__name__": "__main__"}
+    source = (
+        "@operator\ndef again(x: Tensor) -> Tensor:\n    return x + 1\n\n"
+        "@again.on('cpu')\ndef again_cpu(x: Tensor) -> Tensor:\n    return x + VALUE\n"
+    )
+    for value in (1, 2):
+        exec(source.replace("VALUE", str(value)), space)
+        assert space["again"](torch.zeros(1)).item() == value
+    assert "__main__::again_cpu" in choice.LIBRARIES
+
+
+# ---- what is recorded
+
+WIDTH = 32
+MECHANISM = pytest.mark.parametrize("name", registry.names())
+
+
+def build(name):
+    torch.manual_seed(0)
+    module = registry.create(name, WIDTH, **NARROW.get(name, {})).eval()
+    for parameter in module.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def writes(schema) -> bool:
+    return any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
+
+
+@MECHANISM
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_trace_holds_no_write_and_no_python(name, grad):
+    module, (x, other) = build(name).requires_grad_(grad), torch.randn(2, 2, WIDTH, 15, 22)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(module, x, check_trace=False)
+        assert relative(traced(other).detach(), module(other).detach()) < 1e-5
+    nodes = list(traced.inlined_graph.nodes())
+    for node in nodes:
+        assert node.kind() != "prim::PythonOp" and node.kind().split("::")[0] in ("aten", "prim"), node
+        schema = re.search(r"\(\w!\)", node.schema()) if node.kind().startswith("aten") else None
+        assert schema is None or harmless(node), node
+
+
+def harmless(node):
+    "A rectifier in place of what a convolution has just made: every front end knows it."
+    return node.kind() in ("aten::relu_", "aten::sigmoid_", "aten::addcmul_")
+
+
+def graph_targets(graph):
+    return [n.target for n in graph.nodes if n.op == "call_function"]
+
+
+@MECHANISM
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_exported_program_holds_no_write_and_no_python(name, grad):
+    module, (x, other) = build(name).requires_grad_(grad), torch.randn(2, 2, WIDTH, 15, 22)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(module, (x,))
+    core = program.run_decompositions({})
+    for target in graph_targets(core.graph):
+        if isinstance(target, torch._ops.OpOverload):
+            assert target.namespace == "aten" and not writes(target._schema), target
+    assert relative(program.module()(other).detach(), module(other).detach()) < 1e-5
+
+
+@MECHANISM
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_a_functional_graph_holds_no_write(name, mode):
+    "In the mode of real tensors an operator of ours appears whole."
+    module, (x, other) = build(name), torch.randn(2, 2, WIDTH, 15, 22)
+    with torch.no_grad():
+        graph = make_fx(module, tracing_mode=mode)(x)
+        assert relative(graph(other), module(other)) < 1e-5
+    for target in graph_targets(graph.graph):
+        if isinstance(target, torch._ops.OpOverload):
+            assert target.namespace in ("aten", "scsa_book")
+            assert not writes(target._schema) or target.name().rstrip("_.default") in IN_PLACE, target
+
+
+IN_PLACE = {"aten::relu", "aten::sigmoid", "aten::addcmul", "aten::relu_", "aten::sigmoid_", "aten::addcmul_"}
+
+
+@MECHANISM
+@pytest.mark.filterwarnings("ignore")
+def test_the_older_onnx_exporter_keeps_the_input_of_a_frozen_module(name):
+    runtime = pytest.importorskip("onnxruntime")
+    module, (x, other) = build(name).requires_grad_(False), torch.randn(2, 2, WIDTH, 15, 22)
+    file = io.BytesIO()
+    torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17)
+    session = runtime.InferenceSession(file.getvalue())
+    (given,) = session.get_inputs()
+    (y,) = session.run(None, {given.name: other.numpy()})
+    assert relative(torch.from_numpy(y), module(other)) < 1e-4
+
+
+# ---- the library's own text
+
+PACKAGE = Path(scsa_book.__file__).parent
+
+
+def test_no_private_names_of_torch():
+    private = re.compile(r"\btorch(\.\w+)*\._\w+|from torch(\.\w+)*\._")
+    texts = {p.name: p.read_text("utf-8") for p in PACKAGE.rglob("*.py")}
+    found = [f"{name}: {m[0]}" for name, text in texts.items() for m in private.finditer(text)]
+    assert found == []
+
+
+def imports_of(path):
+    nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+    return {("." * n.level) + (n.module or "") for n in nodes if isinstance(n, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "operators").glob("*.py")), ids=lambda p: p.stem)
+def test_operators_know_nothing_of_mechanisms(path):
+    assert not any(n.startswith("..") for n in imports_of(path))
+
+
+# What a mechanism may take from a mechanism: its parts, or what it is compared with.
+MECHANISMS = {m.stem for m in (PACKAGE / "attention").glob("*.py")} - {"base", "registry", "__init__"}
+
+
+@pytest.mark.parametrize("stem", sorted(MECHANISMS - {"scsa_ablation"}))
+def test_a_mechanism_imports_base_and_operators(stem):
+    ours = {n for n in imports_of(PACKAGE / "attention" / f"{stem}.py") if n.startswith(".") or "scsa_book" in n}
+    allowed = {".base", "..gates", "scsa_book.attention.base", *(f".{m}" for m in MECHANISMS)}
+    assert all(n in allowed or n.startswith("..operators.") for n in ours), ours
