@@ -2742,6 +2742,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'scsa_book/training/evaluate.py'),
                                              'scsa_book.training.evaluate.load_network': ( 'training/evaluate.html#load_network',
                                                                                            'scsa_book/training/evaluate.py'),
+                                             'scsa_book.training.evaluate.of_classifier': ( 'training/evaluate.html#of_classifier',
+                                                                                            'scsa_book/training/evaluate.py'),
                                              'scsa_book.training.evaluate.own_network': ( 'training/evaluate.html#own_network',
                                                                                           'scsa_book/training/evaluate.py'),
                                              'scsa_book.training.evaluate.photographs': ( 'training/evaluate.html#photographs',
