@@ -64,8 +64,8 @@ def build_classifier(config, classes: int) -> nn.Module:
 # %% ../../nbs/training/tasks.ipynb #d23f27b2
 def sizes_of(config) -> tuple[list[int], int]:
     "The short sides and the longest side to which a detector scales its images."
-    told, default = config.network_options, inspect.signature(build_detector).parameters
-    shortest, longest = (told.get(n, default[n].default) for n in ("min_size", "max_size"))
+    given, default = config.network_options, inspect.signature(build_detector).parameters
+    shortest, longest = (given.get(n, default[n].default) for n in ("min_size", "max_size"))
     return list(shortest) if isinstance(shortest, list | tuple) else [shortest], longest
 
 # %% ../../nbs/training/tasks.ipynb #43306428
