@@ -53,7 +53,8 @@ STEPS = {
     "ChannelSelfAttention.mixed",
     "ChannelSelfAttention.channel_gates",
 }
-STEPS |= {"Heads.join", "Halves.halves", "Fused.fused", "Fused.heard", "StripGates.joined", "StripGates.gates"}
+STEPS |= {"Heads.join", "Halves.halves", "Fused.fused", "Fused.heard"}
+STEPS |= {"StripGates.joined", "StripGates.gates"}
 
 
 @functools.cache
