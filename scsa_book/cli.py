@@ -278,9 +278,12 @@ def make_run(
     at_once = "torch" in sys.modules  # the check takes no time
     with contextlib.nullcontext() if at_once else kernel(notebook.parent) as started:
         config, execution = from_notebook({"task": task, **parameters})
+        if execution.cache_dir:  # a folder that was named is looked at in any case
+            require_space(execution.cache_dir, 2**20, "cache_dir")
         if not again and (result := finished(config, execution)):
             return result, True
-        require_space(run_folder(config, execution), 2**20, "cache_dir")
+        if not execution.cache_dir:
+            require_space(run_folder(config, execution), 2**20, "cache_dir")
         require_space(result_path(config, execution).parent, 2**20, "results_dir")
         if is_locked(folder := run_folder(config, execution)):
             holds = f"it holds {folder / 'lock'}"
@@ -487,7 +490,7 @@ def recounting(write: bool) -> None:
     from scsa_book.evidence import ledger as ledgers
 
     if ledgers.is_current() and not write:
-        print(f"{len(ledgers.ledgers())} costs kept, nothing that they depend on has changed")
+        print(f"{len(ledgers.stored())} costs kept, nothing that they depend on has changed")
         return
     found = counting()
     changed = ledgers.changes(ledgers.stored(), found)

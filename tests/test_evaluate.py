@@ -176,7 +176,8 @@ def test_outputs_can_be_chosen_for_the_classes(photographs, where):
 def test_networks_of_other_tasks_have_the_numbers_of_their_run(where, task):
     scenes = {"scenes": {"side": 64, "objects": 2, "size": 0.5}}
     options = {"segment": {"channels": 16}, "detect": {
-        "width": 8, "pyramid_channels": 16, "head_channels": 16, "anchor_scale": 4, "min_size": 64, "max_size": 64,
+        "width": 8, "pyramid_channels": 16, "head_channels": 16, "anchor_scale": 4,
+        "min_size": 64, "max_size": 64,
     }}[task]  # fmt: skip
     config = configure("sample", task=task, data_options=scenes, network_options=options, train_images=8,
                        test_images=6, batch_size=4, epochs=1, warmup_epochs=0)  # fmt: skip
@@ -224,8 +225,9 @@ def stored_result(where, right, of=50_000, **changes):
     )
     base = json.loads(embedded(DEFAULT).with_suffix(".json").read_text())
     result = EvaluationResult(
-        id=e.id, config=e, about="", metrics={"top1": 100 * right / of}, intervals={"top1": wilson(right, of)},
-        parameters=1, starts=1, seconds=1, finished=base["finished"], machine=base["machine"], code=base["code"],
+        id=e.id, config=e, about="", metrics={"top1": 100 * right / of},
+        intervals={"top1": wilson(right, of)}, parameters=1, starts=1, seconds=1,
+        finished=base["finished"], machine=base["machine"], code=base["code"],
         data={**base["data"], "test_images": of},
     )  # fmt: skip
     path = evaluation_path(e, where)

@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 # ---- COCO files
 
-HEIGHT, WIDTH = 9, 12
+HEIGHT, WIDTH = 4, 5
 
 
 def runs_of(mask):

@@ -443,7 +443,7 @@ def test_replaced_layers_come_back():
 # ---- initial gain ----
 
 
-def test_initial_gain_is_a_factor_behind_the_mechanism_and_no_state():
+def test_gain_is_a_factor_behind_the_mechanism_and_no_state():
     for attending in (
         lambda n, **gain: attend(n, "se", position="before_add", **gain),
         lambda n, **gain: attend(n, "se", position="before_last_conv", **gain),
@@ -452,10 +452,10 @@ def test_initial_gain_is_a_factor_behind_the_mechanism_and_no_state():
         torch.manual_seed(0)
         one = attending(small())
         torch.manual_seed(0)
-        seven = attending(small(), initial_gain=7)
+        seven = attending(small(), gain=7)
         assert list(one.state_dict()) == list(seven.state_dict())
         placed = list(attentions(one).values()), list(attentions(seven).values())
-        assert all(a.initial_gain == 1 and b.initial_gain == 7 for a, b in zip(*placed, strict=True))
+        assert all(a.attention_gain == 1 and b.attention_gain == 7 for a, b in zip(*placed, strict=True))
 
         def timed(m, args, y):
             return 7 * y
@@ -466,9 +466,9 @@ def test_initial_gain_is_a_factor_behind_the_mechanism_and_no_state():
         assert torch.equal(torch.fx.symbolic_trace(seven)(IMAGE), seven(IMAGE))
 
 
-def test_initial_gain_of_one_is_not_computed():
+def test_gain_of_one_is_not_computed():
     module, x = registry.create("eca", 8), torch.randn(1, 8, 3, 3)
-    module.initial_gain = 1.0
+    module.attention_gain = 1.0
     graph = torch.fx.symbolic_trace(Once(module))
     assert [n.op for n in graph.graph.nodes] == ["placeholder", "call_module", "output"]
     assert torch.equal(graph(x), module(x))
@@ -484,16 +484,32 @@ class Once(nn.Module):
 
 
 @pytest.mark.parametrize("gain", [0, -1.0, float("nan"), float("inf"), True, "7", None])
-def test_wrong_initial_gains(gain):
+def test_wrong_gains(gain):
     network = small()
-    with pytest.raises(ValueError, match="initial_gain=.*positive number"):
-        attend(network, "se", initial_gain=gain)
+    with pytest.raises(ValueError, match="gain=.*positive number"):
+        attend(network, "se", gain=gain)
     assert not attentions(network)
 
 
-def test_initial_gain_through_the_builders():
-    options = {"attention": "eca", "width": 8, "backbone": "resnet18", "options": {"initial_gain": 4.0}}
+def test_gain_through_the_builders():
+    options = {"attention": "eca", "width": 8, "backbone": "resnet18", "options": {"gain": 4.0}}
     detector = build_detector("retinanet", 3, min_size=64, max_size=64, **options)
     segmenter = build_segmenter("upernet", 3, channels=16, **options)
     for network in (detector, segmenter):
-        assert {m.initial_gain for m in attentions(network).values()} == {4.0}
+        assert {m.attention_gain for m in attentions(network).values()} == {4.0}
+
+
+def test_a_gain_alone_scales_the_residual_branch():
+    "The control for a mechanism's gain at initialisation: a constant where a mechanism would be."
+    plain, scaled = small(), attend(small(), None, position="before_add", gain=0.5)
+    scaled.load_state_dict(plain.state_dict())
+    block, other = plain.eval().layer1[0], scaled.eval().layer1[0]
+    x = torch.rand(1, block.conv1.in_channels, 8, 8)
+    branch = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
+    torch.testing.assert_close(other(x), torch.relu(x + 0.5 * branch))
+
+
+@pytest.mark.parametrize("given", [{"gain": 0.5}, {"position": "before_add", "reduction": 4}])
+def test_a_gain_alone_needs_a_position_and_takes_no_option(given):
+    with pytest.raises(ValueError, match="without a mechanism there are position= and gain= alone"):
+        attend(small(), None, **given)

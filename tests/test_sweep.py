@@ -43,7 +43,7 @@ from pathlib import Path
 from filelock import FileLock
 from scsa_book.paths import cache_folder
 from scsa_book.training import sweep
-from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult, result_path, write_whole
+from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult, result_path, write_atomic
 
 def execute(task, parameters, config, execution):
     assert task == "classify" and parameters["preset"] == config.preset and "task" not in parameters
@@ -63,7 +63,7 @@ def execute(task, parameters, config, execution):
             machine=Machine(device="cpu", devices=1, threads=1, versions={}),
             code=Code(commit=None, dirty=None),
         )
-        write_whole(result_path(config, execution), result.model_dump_json())
+        write_atomic(result_path(config, execution), result.model_dump_json())
 
 folder, run_id, option, attempt = sys.argv[1:]
 assert option == "--attempt"
@@ -74,7 +74,8 @@ DRIVER = """
 import sys
 from scsa_book.training import sweep
 sweep.JOB = (sys.argv[1],)
-sweep.sweep(**eval(sys.argv[2]))
+given = eval(sys.argv[2])
+sweep.sweep(given.pop("name"), **given)
 """
 
 

@@ -96,7 +96,7 @@ class JointGate(Attention):
             )
         channel = self.channel(global_average(x).flatten(1))[:, :, None, None]
         logits = COMBINE[self.combine](channel, self.spatial(x))
-        return {"joint": logits.sigmoid_()}
+        return {"joint": logits.sigmoid()}
 
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The sum of `x` and the gated `x`."

@@ -23,7 +23,7 @@ def branch(channels: int, dilation: int, groups: int, **factory) -> nn.Sequentia
     kw = {"padding": dilation, "dilation": dilation, "groups": groups, **factory}
     conv = nn.Conv2d(channels, channels, 3, bias=False, **kw)
     norm = nn.BatchNorm2d(channels, **factory)
-    return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
+    return nn.Sequential(conv, norm, nn.ReLU())
 
 # %% ../../nbs/channel/sk.ipynb #82008739
 class FuseSelect(nn.Module):
@@ -50,7 +50,7 @@ def select(
     (first, *others), (share, *rest) = branches, shares
     y = first * share
     for u, share in zip(others, rest, strict=True):
-        y = y.addcmul_(u, share)
+        y = torch.addcmul(y, u, share)
     return y
 
 # %% ../../nbs/channel/sk.ipynb #249fa730

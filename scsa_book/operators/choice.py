@@ -87,6 +87,8 @@ def with_gradient(run: Callable, gradient: Callable) -> Callable:
     "`run` for autograd: `gradient` takes the outputs' gradients and all arguments."
 
     class Whole(torch.autograd.Function):
+        generate_vmap_rule = True  # for a transform of something else
+
         @staticmethod
         def forward(*args):
             return run(*args)

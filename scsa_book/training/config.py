@@ -41,6 +41,7 @@ class RunConfig(BaseModel):
     attention: str | None = None  # None: the plain network
     position: str | None = None  # None: the mechanism's default
     options: dict[str, Any] = {}  # of the mechanism
+    gain: float = Field(1.0, gt=0)  # fixed factor after the mechanism, or at `position` alone
     epochs: int = Field(1, ge=1)
     epoch_steps: int | None = Field(None, ge=1)  # steps per epoch; None: once through the images
     batch_size: int = Field(128, ge=2)  # over all devices
@@ -88,7 +89,9 @@ def contradictions(config: RunConfig) -> dict[str, bool]:
     too_long = f"warmup_epochs={c.warmup_epochs:g} leaves nothing of epochs={c.epochs}"
     return {
         "options are given, but no attention": none and c.options != {},
-        "a position is given, but no attention": none and c.position is not None,
+        "a position is given, but no attention": none and c.position is not None and c.gain == 1,
+        "a gain is given, but neither attention nor a position": none and not c.position and c.gain != 1,
+        "a gain without attention is for the task classify": none and c.gain != 1 and c.task != "classify",
         "schedule 'step' needs milestones": c.schedule == "step" and not c.milestones,
         f"milestones {late} are after the last epoch ({c.epochs})": late != [],
         "milestones must rise": sorted(set(c.milestones)) != list(c.milestones),

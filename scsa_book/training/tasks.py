@@ -56,8 +56,9 @@ def build_classifier(config, classes: int) -> nn.Module:
         raise ValueError("backbone and network_options are for detectors and segmentation networks")
     colours = images.facts(config.dataset).shape[0]
     network = build(config.network, classes, in_channels=colours)
-    if config.attention:
-        attend(network, config.attention, position=config.position, **config.options)
+    if config.attention or config.gain != 1:
+        placing = {"position": config.position, "gain": config.gain}
+        attend(network, config.attention, **placing, **config.options)
     return network
 
 # %% ../../nbs/training/tasks.ipynb #d23f27b2
@@ -80,7 +81,8 @@ def with_attention(config) -> dict:
     "The arguments of a builder for the backbone and its attention."
     named = {"backbone": config.backbone} if config.backbone else {}
     placing = {"attention": config.attention, "position": config.position}
-    return {**named, **placing, "options": config.options, **config.network_options}
+    options = config.options | ({} if config.gain == 1 else {"gain": config.gain})
+    return {**named, **placing, "options": options, **config.network_options}
 
 # %% ../../nbs/training/tasks.ipynb #ca5a7306
 def build_detection(config, classes: int) -> nn.Module:
