@@ -620,7 +620,7 @@ def test_a_build_that_is_killed_shows_no_half_of_a_site_and_goes_on(shown, where
 
 
 def test_pages_are_the_same_from_one_process_or_several(book, monkeypatch):
-    monkeypatch.setattr(parallel, "FEW", 0)
+    monkeypatch.setattr(parallel, "MIN_ITEMS", 0)
     preview.build(book, book / "one", cores=1)
     shutil.rmtree(book / ".cache")
     preview.build(book, book / "two", cores=2)
