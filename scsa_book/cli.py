@@ -71,7 +71,7 @@ def parse_parameters(words: list[str]) -> dict[str, Any]:
 
 # %% ../nbs/reference/command-line.ipynb #259c8eee
 def task_notebook(task: str) -> Path:
-    "The notebook of a task; ValueError lists those that there are."
+    "The notebook of a task; ValueError lists the existing ones."
     from scsa_book.paths import book_root
 
     tasks = {path.stem: path for path in sorted((book_root() / "nbs" / "runs").glob("*.ipynb"))}
@@ -83,7 +83,7 @@ def task_notebook(task: str) -> Path:
 
 # %% ../nbs/reference/command-line.ipynb #525e608d
 def check_parameters(notebook: Path, names) -> None:
-    "ValueError for a name that the notebook has no parameter for."
+    "ValueError for a name that is not a parameter of the notebook."
     import papermill
 
     known = papermill.inspect_notebook(str(notebook))
@@ -198,12 +198,12 @@ READY = "import scsa_book.training.run, scsa_book.explain.runs"
 
 @contextlib.contextmanager
 def kernel(folder: Path):
-    "A kernel in `folder` that gets ready for a run notebook; it does not outlive the block."
+    "A kernel in `folder` that prepares for a run notebook; it ends with the block."
     from jupyter_core.utils import run_sync
 
     manager, left = of_this_interpreter()(kernel_name="python3"), True
     words = [
-        "--IPKernelApp.log_level=50",  # or it remarks on its connection
+        "--IPKernelApp.log_level=50",  # no message about its connection
         "--HistoryManager.hist_file=:memory:",
         f"--IPKernelApp.exec_lines=['{READY}']",
     ]
@@ -217,7 +217,7 @@ def kernel(folder: Path):
 
 # %% ../nbs/reference/command-line.ipynb #40ddd34b
 def execute(task: str, parameters: dict[str, Any], config, execution, started=None):
-    "Execute a run notebook; its result. RunFailed, or ValueError for missing data, in its words."
+    "Execute a run notebook; its result. RunFailed, or ValueError for missing data, with its error."
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -270,7 +270,7 @@ def make_run(
     parameters: dict[str, Any],
     again: bool = False,
 ) -> tuple[Any, bool]:
-    "The result of a run, and whether it had been finished already."
+    "The result of a run, and whether it was finished before."
     from scsa_book.training.config import from_notebook
     from scsa_book.training.result import finished, require_space, result_path, run_folder
 
@@ -278,13 +278,16 @@ def make_run(
     at_once = "torch" in sys.modules  # the check takes no time
     with contextlib.nullcontext() if at_once else kernel(notebook.parent) as started:
         config, execution = from_notebook({"task": task, **parameters})
+        if execution.cache_dir:  # a folder that was named is looked at in any case
+            require_space(execution.cache_dir, 2**20, "cache_dir")
         if not again and (result := finished(config, execution)):
             return result, True
-        require_space(run_folder(config, execution), 2**20, "cache_dir")
+        if not execution.cache_dir:
+            require_space(run_folder(config, execution), 2**20, "cache_dir")
         require_space(result_path(config, execution).parent, 2**20, "results_dir")
         if is_locked(folder := run_folder(config, execution)):
             holds = f"it holds {folder / 'lock'}"
-            raise RunFailed(f"{config.id} is being made by another process ({holds})")
+            raise RunFailed(f"{config.id} is being executed by another process ({holds})")
         return execute(task, {**parameters, "again": again}, config, execution, started), False
 
 # %% ../nbs/reference/command-line.ipynb #2e9cc4be
@@ -320,14 +323,14 @@ def run(
 @app.command()
 def sweep(
     names: Annotated[list[str], typer.Argument(help="Experiments of nbs/runs/experiments.yml.")],
-    preset: Annotated[str | None, typer.Option(help="Instead of the experiment's own.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Default: the experiment's own.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many, from 0.")] = None,
     cores: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
     profile: Profile = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is to do.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs.")] = False,
     data_root: DataRoot = None,
 ) -> None:
-    "Make all runs of some experiments; finished ones are skipped."
+    "Execute all runs of some experiments; finished ones are skipped."
     from scsa_book.training import sweep as sweeps
 
     how = {"preset": preset, "seeds": seeds, "cores": cores, "profile": profile}
@@ -487,7 +490,7 @@ def recounting(write: bool) -> None:
     from scsa_book.evidence import ledger as ledgers
 
     if ledgers.is_current() and not write:
-        print(f"{len(ledgers.ledgers())} costs kept, nothing that they depend on has changed")
+        print(f"{len(ledgers.stored())} costs kept, nothing that they depend on has changed")
         return
     found = counting()
     changed = ledgers.changes(ledgers.stored(), found)
@@ -495,7 +498,7 @@ def recounting(write: bool) -> None:
     if write:
         print(f"written: {ledgers.write(found)}")
     elif changed:
-        raise RuntimeError(f"{len(changed)} of {len(found)} costs changed; --write keeps them")
+        raise RuntimeError(f"{len(changed)} of {len(found)} costs changed; --write stores them")
 
 # %% ../nbs/reference/command-line.ipynb #42c88904
 @app.command()
@@ -504,10 +507,10 @@ def ledger(
         bool, typer.Option("--check", help="Count every cost again that may have changed.")
     ] = False,
     write: Annotated[
-        bool, typer.Option("--write", help="Count every cost again, and keep the counts.")
+        bool, typer.Option("--write", help="Count every cost again, and store the counts.")
     ] = False,
 ) -> None:
-    "Measured beside published, in short."
+    "Summary of published and measured numbers."
     from scsa_book.evidence.ledger import summary
 
     if check or write:

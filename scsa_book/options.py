@@ -55,7 +55,7 @@ def kept(given, made):
 
 
 def checked(model: type[Options], given: Mapping[str, Any], what: str) -> dict[str, Any]:
-    "The options as they are meant; ValueError names an unknown one, or a wrong value and its place."
+    "The options as they are meant; ValueError names an unknown one, or a wrong value and its path."
     if not isinstance(given, Mapping):
         raise ValueError(f"{what}: {given!r} is no mapping of names to values")
     for name in given:
@@ -72,7 +72,7 @@ PLAIN = {int: Whole, float: Number, bool: StrictBool}
 
 
 def strict(annotation):
-    "An annotation with the types above in the place of Python's."
+    "An annotation with the types above instead of Python's."
     if annotation in PLAIN:
         return PLAIN[annotation]
     origin, parts = get_origin(annotation), tuple(strict(part) for part in get_args(annotation))

@@ -248,7 +248,7 @@ def test_another_number_of_classes_makes_a_new_classifier(tmp_path):
 # --- a file of another network
 
 
-def test_a_wrong_file_is_described_in_few_lines_and_the_authors_names(tmp_path):
+def test_a_wrong_file_is_described_briefly_and_the_authors_names(tmp_path):
     state = small_state("se_resnet20")
     del state["layer1.0.se.fc.2.weight"]
     state["layer1.0.sa.extra"] = torch.ones(1)

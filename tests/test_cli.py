@@ -166,7 +166,7 @@ def test_a_run_that_another_process_is_at_is_refused_at_once(inside, capsys):
     folder.mkdir(parents=True)
     with FileLock(folder / "lock"):
         code, _, err = said(capsys, "run", "classify", "-p", "seed=99")
-    assert code == 1 and f"{config.id} is being made by another process" in err
+    assert code == 1 and f"{config.id} is being executed by another process" in err
 
 
 # ---- mistakes

@@ -158,8 +158,8 @@ def test_a_row_that_is_not_printed_finds_nothing():
 
 def test_the_scenes_are_a_full_grid():
     c = co.compare("scenes-size-brightness", results=[])
-    dials = [(r.config.data_options["scenes"], r.config.attention) for r in c.rows]
-    grid = {(d["size"], d["brightness"], name) for d, name in dials}
+    settings = [(r.config.data_options["scenes"], r.config.attention) for r in c.rows]
+    grid = {(d["size"], d["brightness"], name) for d, name in settings}
     names = (None, "se", "scsa", "cat")
     assert grid == {(s, b, n) for s in (0.3, 0.15) for b in (1.0, 0.15) for n in names}
     assert len(c.rows) == 16 and {r.position for r in c.rows} == {"", "before the addition"}

@@ -296,7 +296,7 @@ def harmed(birds, harm):
     elif harm == "no classes":
         shutil.rmtree(root / "train")
         (root / "train").mkdir()
-    elif harm == "no pictures":
+    elif harm == "no images":
         for path in (root / "val" / "wren").iterdir():
             path.rename(path.with_suffix(".txt"))
     elif harm == "one class less":
@@ -309,7 +309,7 @@ def harmed(birds, harm):
     [
         ("empty", "no folder `train`: .*birds. A folder of images has train/CLASS"),
         ("no classes", "no class folders: .*train. A folder"),
-        ("no pictures", "no pictures of class `wren`: .*val/wren"),
+        ("no images", "no images of class `wren`: .*val/wren"),
         ("one class less", "train and val differ: wren"),
     ],
 )

@@ -181,7 +181,7 @@ def with_(**fields):
         (with_(bbox=[1, 2, 3]), "bbox has 3 numbers, not 4: .*annotation 1"),
         (with_(bbox=[1, 2, 3, "x"]), "bbox is 'x' and no number: .*annotation 1"),
         (with_(segmentation=[[1, 2, 3, 4]]), "a polygon of less than three points: .*annotation 1"),
-        (with_(segmentation={"counts": [9], "size": [3, 3]}), r"run lengths for a picture of \[3, 3\]"),
+        (with_(segmentation={"counts": [9], "size": [3, 3]}), r"run lengths for an image of \[3, 3\]"),
     ],
 )
 def test_what_is_wrong_with_a_coco_file_is_said(tmp_path, text, said):
@@ -194,7 +194,7 @@ def test_what_is_wrong_with_a_coco_file_is_said(tmp_path, text, said):
 def test_missing_images_and_files_of_coco_are_named(tmp_path):
     coco_folder(tmp_path / "mine")
     (tmp_path / "mine/train2017/b.jpg").unlink()
-    with pytest.raises(DataError, match="1 of 2 pictures missing, first b.jpg: .*train2017. A COCO folder"):
+    with pytest.raises(DataError, match="1 of 2 images missing, first b.jpg: .*train2017. A COCO folder"):
         detection_dataset("coco:mine", tmp_path)
     (tmp_path / "mine/annotations/instances_train2017.json").unlink()
     with pytest.raises(DataError, match=r"0 files instances_train\*.json, not one: .*annotations"):
@@ -205,7 +205,7 @@ def test_splits_with_other_classes_are_refused(tmp_path):
     other = coco_content()
     other["categories"][0]["name"] = "tram"
     coco_folder(tmp_path / "mine", test=other)
-    with pytest.raises(DataError, match="classes of the halves differ: bus, tram"):
+    with pytest.raises(DataError, match="classes of the splits differ: bus, tram"):
         detection_dataset("coco:mine", tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_a_image_of_another_size_or_damaged_is_named(tmp_path):
     write_image(tmp_path / "mine/train2017/a.jpg", size=(20, 15))
     with pytest.raises(DataError, match="a.jpg is 15 x 20, its annotation says 30 x 40: .*train2017"):
         draw(detection_dataset("coco:mine", tmp_path).train, 0)
-    write(tmp_path / "mine/train2017/a.jpg", "no picture")
+    write(tmp_path / "mine/train2017/a.jpg", "no image")
     with pytest.raises(DataError, match="cannot decode a.jpg"):
         draw(detection_dataset("coco:mine", tmp_path).train, 0)
 
@@ -307,7 +307,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 def test_missing_files_of_voc_are_named(tmp_path):
     folder = voc_folder(tmp_path, ("p1", "p2"))
     (folder / "JPEGImages/p2.jpg").unlink()
-    with pytest.raises(DataError, match="1 of 2 pictures missing, first p2.jpg"):
+    with pytest.raises(DataError, match="1 of 2 images missing, first p2.jpg"):
         ann.read_voc(folder, "trainval")
     (folder / "Annotations/p1.xml").unlink()
     with pytest.raises(DataError, match="no file p1.xml: .*Annotations. A VOC folder"):
@@ -367,7 +367,7 @@ def test_missing_files_of_visdrone_are_named(tmp_path):
     with pytest.raises(DataError, match="no folder `images`"):
         ann.read_visdrone(folder / "nowhere", "train")
     (folder / "images/a.jpg").unlink()
-    with pytest.raises(DataError, match="no pictures in the half 'train'"):
+    with pytest.raises(DataError, match="no images in the split 'train'"):
         ann.read_visdrone(folder, "train")
 
 

@@ -107,11 +107,11 @@ def test_the_numbers_are_those_of_a_plain_loop(photographs, where):
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(photographs, tmp_path, monkeypatch):
-    places = [
+    folders = [
         Execution(results_dir=tmp_path / n, cache_dir=tmp_path / f"{n}c", accelerator="cpu", workers=0)
         for n in "ab"
     ]
-    once, *_ = whole(photographs / "se.pth", places[0], photographs, **SMALL)
+    once, *_ = whole(photographs / "se.pth", folders[0], photographs, **SMALL)
     update, batches = Classified.update, []
 
     def interrupted(self, *batch):
@@ -122,9 +122,9 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(photographs, tmp_p
 
     monkeypatch.setattr(Classified, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        whole(photographs / "se.pth", places[1], photographs, **SMALL)
+        whole(photographs / "se.pth", folders[1], photographs, **SMALL)
     monkeypatch.undo()
-    twice, *_ = whole(photographs / "se.pth", places[1], photographs, **SMALL)
+    twice, *_ = whole(photographs / "se.pth", folders[1], photographs, **SMALL)
     alone = {"starts", "seconds", "finished"}
     assert (once.starts, twice.starts) == (1, 2)
     assert once.model_dump(exclude=alone) == twice.model_dump(exclude=alone)
@@ -145,8 +145,8 @@ def test_a_killed_command_goes_on_and_gives_the_same(photographs, tmp_path):
     options = {"resize": 36, "crop": 32, "workers": 0, "batch_size": 1, "accelerator": "cpu"}
 
     def start(name):
-        places = {"results_dir": tmp_path / name, "cache_dir": tmp_path / f"{name}-cache"}
-        words = [w for k, v in (options | places).items() for w in ("-p", f"{k}={v}")]
+        folders = {"results_dir": tmp_path / name, "cache_dir": tmp_path / f"{name}-cache"}
+        words = [w for k, v in (options | folders).items() for w in ("-p", f"{k}={v}")]
         return subprocess.Popen(
             command + words, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
         )
@@ -176,7 +176,8 @@ def test_outputs_can_be_chosen_for_the_classes(photographs, where):
 def test_networks_of_other_tasks_have_the_numbers_of_their_run(where, task):
     scenes = {"scenes": {"side": 64, "objects": 2, "size": 0.5}}
     options = {"segment": {"channels": 16}, "detect": {
-        "width": 8, "pyramid_channels": 16, "head_channels": 16, "anchor_scale": 4, "min_size": 64, "max_size": 64,
+        "width": 8, "pyramid_channels": 16, "head_channels": 16, "anchor_scale": 4,
+        "min_size": 64, "max_size": 64,
     }}[task]  # fmt: skip
     config = configure("sample", task=task, data_options=scenes, network_options=options, train_images=8,
                        test_images=6, batch_size=4, epochs=1, warmup_epochs=0)  # fmt: skip
@@ -224,8 +225,9 @@ def stored_result(where, right, of=50_000, **changes):
     )
     base = json.loads(embedded(DEFAULT).with_suffix(".json").read_text())
     result = EvaluationResult(
-        id=e.id, config=e, about="", metrics={"top1": 100 * right / of}, intervals={"top1": wilson(right, of)},
-        parameters=1, starts=1, seconds=1, finished=base["finished"], machine=base["machine"], code=base["code"],
+        id=e.id, config=e, about="", metrics={"top1": 100 * right / of},
+        intervals={"top1": wilson(right, of)}, parameters=1, starts=1, seconds=1,
+        finished=base["finished"], machine=base["machine"], code=base["code"],
         data={**base["data"], "test_images": of},
     )  # fmt: skip
     path = evaluation_path(e, where)

@@ -23,7 +23,7 @@ def entropy(values: list[float]) -> float:
     return -math.fsum(q * math.log(q) for q in p if q > 0)
 
 
-# ---- the equations, place by place
+# ---- the equations, position by position
 
 
 def of_channels(x: Tensor, summary) -> Tensor:
@@ -83,25 +83,25 @@ def maps(draw) -> Tensor:
     return x.round() if draw(st.booleans()) else x
 
 
-few = settings(max_examples=25, deadline=None)
+quickly = settings(max_examples=25, deadline=None)
 
 
 @every_pool
 @given(x=maps())
-@few
+@quickly
 def test_summary_is_its_equation(pool, x):
     torch.testing.assert_close(pool(x), LITERAL[pool](x), rtol=1e-10, atol=1e-10)
 
 
 @given(x=maps())
-@few
+@quickly
 def test_strips_are_their_equation(x):
     for ours, literal in zip(pooling.strip_average(x), strips(x), strict=True):
         torch.testing.assert_close(ours, literal, rtol=1e-10, atol=1e-10)
 
 
 @given(x=maps(), window=st.none() | st.integers(1, 9))
-@few
+@quickly
 def test_windows_are_their_equation(x, window):
     close = {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(pooling.window_average(x, window), of_windows(x, window, mean), **close)
@@ -158,7 +158,7 @@ def test_a_tie_is_shared_by_the_global_maximum_and_taken_by_the_first_of_a_windo
 
 
 @given(x=maps())
-@few
+@quickly
 def test_entropy_stays_within_its_limits(x):
     C, N = x.shape[1], x.shape[2] * x.shape[3]
     for h, most in ((pooling.global_entropy(x), math.log(N)), (pooling.channel_entropy(x), math.log(C))):
@@ -166,7 +166,7 @@ def test_entropy_stays_within_its_limits(x):
 
 
 @given(value=st.floats(-1e4, 1e4), n=st.integers(1, 50))
-@few
+@quickly
 def test_entropy_of_equal_positions_is_the_logarithm_of_their_number(value, n):
     flat = torch.full((1, n, 1, n), value)
     assert pooling.global_entropy(flat).flatten().tolist() == pytest.approx([math.log(n)] * n, abs=1e-4)
@@ -265,7 +265,7 @@ def test_a_check_says_who_refuses():
 
 
 @given(x=maps())
-@few
+@quickly
 def test_sigmoid_is_its_equation(x):
     literal = torch.tensor([1 / (1 + math.exp(-v)) for v in x.flatten().tolist()], dtype=torch.float64)
     torch.testing.assert_close(gates.gate(x), literal.view_as(x))
@@ -273,7 +273,7 @@ def test_sigmoid_is_its_equation(x):
 
 
 @given(x=maps(), dim=st.integers(0, 3))
-@few
+@quickly
 def test_softmax_is_its_equation(x, dim):
     y = gates.gate(x, "softmax", dim)
     lines, shares = (t.movedim(dim, -1).reshape(-1, x.shape[dim]).tolist() for t in (x, y))

@@ -1,4 +1,4 @@
-"""Whatever file or option comes in: it is read right, or refused with the place where it is wrong."""
+"""Whatever file or option comes in: it is read right, or refused with what is wrong and where."""
 
 import argparse
 import io
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 # ---- COCO files
 
-HEIGHT, WIDTH = 9, 12
+HEIGHT, WIDTH = 4, 5
 
 
 def runs_of(mask):
@@ -141,7 +141,7 @@ def with_one_odd_field(draw):
     return content
 
 
-def is_read_or_refused_with_its_place(folder, content):
+def is_read_or_refused_with_its_source(folder, content):
     try:
         half = read(folder, content)
         masks = [ann.masks_of(p) for p in half.images]
@@ -164,10 +164,10 @@ def is_read_or_refused_with_its_place(folder, content):
 test_a_valid_coco_file_is_read_as_it_was_written = QUICK(given(file=coco_files())(is_read_as_written))
 test_valid_coco_files_all = pytest.mark.slow(THOROUGH(given(file=coco_files())(is_read_as_written)))
 test_one_odd_field_of_a_coco_file = QUICK(
-    given(content=with_one_odd_field())(is_read_or_refused_with_its_place)
+    given(content=with_one_odd_field())(is_read_or_refused_with_its_source)
 )
 test_one_odd_field_of_a_coco_file_all = pytest.mark.slow(
-    THOROUGH(given(content=with_one_odd_field())(is_read_or_refused_with_its_place))
+    THOROUGH(given(content=with_one_odd_field())(is_read_or_refused_with_its_source))
 )
 
 
@@ -332,11 +332,11 @@ def test_image_files_all(folder):
 # ---- options
 
 TEXTS = st.sampled_from(["no", "1e-3", "5e-1", "x", "96"])
-DIALS = st.sampled_from(["objects", "size", "side", "dark"])
+OPTIONS = st.sampled_from(["objects", "size", "side", "dark"])
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-5, 3000), st.floats(-2, 5), TEXTS,
     st.lists(st.one_of(st.integers(-1, 600), st.floats(-1, 3), TEXTS), max_size=4),
-    st.dictionaries(DIALS, st.floats(0, 9) | TEXTS, max_size=2),
+    st.dictionaries(OPTIONS, st.floats(0, 9) | TEXTS, max_size=2),
 )  # fmt: skip
 NETWORKS = {task: TASKS[task].networks() for task in ("detect", "segment")}
 

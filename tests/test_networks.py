@@ -31,7 +31,7 @@ from scsa_book.networks.placement import (
     maps_of,
     reconnect,
 )
-from scsa_book.networks.sites import BLOCKS, matches, positions, placements
+from scsa_book.networks.sites import BLOCKS, matches, placements, positions
 from scsa_book.networks.small import resnet50_small, resnet101_small, small_resnet
 from scsa_book.networks.small_mobile import mobilenetv2_small, shufflenetv2_small
 
@@ -143,7 +143,7 @@ def test_sk_as_a_convolution_counts_what_timm_counts():
     assert size(ours) == size(on_paper(timm.create_model, "skresnext50_32x4d"))
 
 
-# ---- places ----
+# ---- positions ----
 
 
 def add(block, x, out):
@@ -229,7 +229,7 @@ def test_block_computes_what_a_hand_written_one_does(kind, role, attention):
     expected = by_hand(stock, x, *positions)
     assert torch.allclose(by_literal(x), expected, atol=1e-6)
     assert not torch.allclose(stock(x), expected, atol=1e-3)
-    if "basic" in kind:  # both places have the same width, so the wrong one would fit, too
+    if "basic" in kind:  # both positions have the same width, so the wrong one would fit, too
         assert not torch.allclose(by_hand(stock, x, *positions[::-1]), expected, atol=1e-3)
 
 
@@ -510,7 +510,8 @@ def test_attention_at_a_container_is_called_once():
             self.calls += 1
             return x
 
-    for side, name in (("after", "layer2.0.attention.after_block"), ("before", "layer2.0.attention.before_block")):
+    held = "layer2.0.attention"
+    for side, name in (("after", f"{held}.after_block"), ("before", f"{held}.before_block")):
         network = tiny()
         example = torch.randn(2, 3, 32, 32)
         attend_modules(network, "layer2", lambda channels: Count(), side=side, example=example)

@@ -23,7 +23,7 @@ from scsa_book.networks.build import build
 from scsa_book.networks.detection import build_detector
 from scsa_book.networks.placement import attend, attend_modules, attentions, detach, load_stock, maps_of
 from scsa_book.networks.segmentation import build_segmenter
-from scsa_book.networks.sites import positions, placements
+from scsa_book.networks.sites import placements, positions
 from scsa_book.networks.small import small_resnet
 
 timm = pytest.importorskip("timm")
@@ -97,9 +97,10 @@ def test_every_position_of_the_table_is_called_once(kind):
             continue
         block, seen = copy.deepcopy(stock), []
         attend(block, "se", position=position, reduction=1)
-        attentions(block)[f"attention.{position}"].register_forward_hook(lambda m, args, y, seen=seen: seen.append(y))
+        placed = attentions(block)[f"attention.{position}"]
+        placed.register_forward_hook(lambda m, args, y, seen=seen: seen.append(y.shape[1]))
         block(X)
-        assert [(u.shape[1],) for u in seen] == [widths], position
+        assert seen == list(widths), position
 
 
 def test_every_written_class_is_for_a_block_that_is_tested():
@@ -346,7 +347,12 @@ def gradcam():
     "An attended network, its last attention, the map that left it, and Grad-CAM of class 2 by its formula."
     network = attend(small(), "eca", position="before_add")
     layer, seen = network.layer3[0].attention.after_conv2, {}
-    layer.register_forward_hook(lambda m, a, y: seen.update(y=y) or y.register_hook(lambda g: seen.update(g=g)))
+
+    def look(module, args, y):
+        seen["y"] = y
+        y.register_hook(lambda gradient: seen.update(g=gradient))
+
+    layer.register_forward_hook(look)
     network(IMAGE)[:, 2].sum().backward()
     weights = seen["g"].mean((2, 3), keepdim=True)
     return network, layer, seen["y"].detach(), (seen["y"] * weights).sum(1).relu().detach()
@@ -363,7 +369,7 @@ def test_grad_cam_sees_the_map_that_the_network_uses():
     cam = pytest.importorskip("pytorch_grad_cam")
     network, layer, expected, _ = gradcam()
     with cam.GradCAM(model=network, target_layers=[layer]) as tool:
-        tool(input_tensor=IMAGE)
+        tool(input_tensor=IMAGE, targets=None)
         assert torch.allclose(tool.activations_and_grads.activations[0], expected, atol=1e-5)
 
 
@@ -437,7 +443,7 @@ def test_replaced_layers_come_back():
 # ---- initial gain ----
 
 
-def test_initial_gain_is_a_factor_behind_the_mechanism_and_no_state():
+def test_gain_is_a_factor_behind_the_mechanism_and_no_state():
     for attending in (
         lambda n, **gain: attend(n, "se", position="before_add", **gain),
         lambda n, **gain: attend(n, "se", position="before_last_conv", **gain),
@@ -446,10 +452,10 @@ def test_initial_gain_is_a_factor_behind_the_mechanism_and_no_state():
         torch.manual_seed(0)
         one = attending(small())
         torch.manual_seed(0)
-        seven = attending(small(), initial_gain=7)
+        seven = attending(small(), gain=7)
         assert list(one.state_dict()) == list(seven.state_dict())
         placed = list(attentions(one).values()), list(attentions(seven).values())
-        assert all(a.initial_gain == 1 and b.initial_gain == 7 for a, b in zip(*placed, strict=True))
+        assert all(a.attention_gain == 1 and b.attention_gain == 7 for a, b in zip(*placed, strict=True))
 
         def timed(m, args, y):
             return 7 * y
@@ -460,9 +466,9 @@ def test_initial_gain_is_a_factor_behind_the_mechanism_and_no_state():
         assert torch.equal(torch.fx.symbolic_trace(seven)(IMAGE), seven(IMAGE))
 
 
-def test_initial_gain_of_one_is_not_computed():
+def test_gain_of_one_is_not_computed():
     module, x = registry.create("eca", 8), torch.randn(1, 8, 3, 3)
-    module.initial_gain = 1.0
+    module.attention_gain = 1.0
     graph = torch.fx.symbolic_trace(Once(module))
     assert [n.op for n in graph.graph.nodes] == ["placeholder", "call_module", "output"]
     assert torch.equal(graph(x), module(x))
@@ -478,16 +484,32 @@ class Once(nn.Module):
 
 
 @pytest.mark.parametrize("gain", [0, -1.0, float("nan"), float("inf"), True, "7", None])
-def test_wrong_initial_gains(gain):
+def test_wrong_gains(gain):
     network = small()
-    with pytest.raises(ValueError, match="initial_gain=.*positive number"):
-        attend(network, "se", initial_gain=gain)
+    with pytest.raises(ValueError, match="gain=.*positive number"):
+        attend(network, "se", gain=gain)
     assert not attentions(network)
 
 
-def test_initial_gain_through_the_builders():
-    options = {"attention": "eca", "width": 8, "backbone": "resnet18", "options": {"initial_gain": 4.0}}
+def test_gain_through_the_builders():
+    options = {"attention": "eca", "width": 8, "backbone": "resnet18", "options": {"gain": 4.0}}
     detector = build_detector("retinanet", 3, min_size=64, max_size=64, **options)
     segmenter = build_segmenter("upernet", 3, channels=16, **options)
     for network in (detector, segmenter):
-        assert {m.initial_gain for m in attentions(network).values()} == {4.0}
+        assert {m.attention_gain for m in attentions(network).values()} == {4.0}
+
+
+def test_a_gain_alone_scales_the_residual_branch():
+    "The control for a mechanism's gain at initialisation: a constant where a mechanism would be."
+    plain, scaled = small(), attend(small(), None, position="before_add", gain=0.5)
+    scaled.load_state_dict(plain.state_dict())
+    block, other = plain.eval().layer1[0], scaled.eval().layer1[0]
+    x = torch.rand(1, block.conv1.in_channels, 8, 8)
+    branch = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
+    torch.testing.assert_close(other(x), torch.relu(x + 0.5 * branch))
+
+
+@pytest.mark.parametrize("given", [{"gain": 0.5}, {"position": "before_add", "reduction": 4}])
+def test_a_gain_alone_needs_a_position_and_takes_no_option(given):
+    with pytest.raises(ValueError, match="without a mechanism there are position= and gain= alone"):
+        attend(small(), None, **given)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import json
 import pickle
@@ -22,7 +23,7 @@ from scsa_book.renamed import Renamed
 
 PUBLIC = json.loads(Path(__file__).with_name("public-0.1.0.json").read_text("utf-8"))
 ROWS = renamed.renamed()
-KINDS = ("module", "name", "attribute", "parameter")
+KINDS = ("module", "name", "attribute", "parameter", "removed")
 KIND = {kind: [row for row in ROWS if row.kind == kind] for kind in KINDS}
 
 
@@ -42,6 +43,20 @@ def quietly(call):
     return result, [str(w.message) for w in caught if w.category is DeprecationWarning]
 
 
+REMOVED = {(row.module, row.old) for row in KIND["removed"]}
+# Their parameters changed with what they do: a converted layer, and a command that takes several experiments.
+OTHER_PARAMETERS = {"Instead(channels)", "Instead(stride)", "convolve_groups(convs)"}
+# Steps of the fast path of 0.1.0 that mechanisms have no more: operators take them.
+STEPS = {
+    "PlaceLogits.logits",
+    "TwoGates.attend",
+    "ChannelSelfAttention.mixed",
+    "ChannelSelfAttention.channel_gates",
+}
+STEPS |= {"Heads.join", "Halves.halves", "Fused.fused", "Fused.heard"}
+STEPS |= {"StripGates.joined", "StripGates.gates"}
+
+
 @functools.cache
 def old_object(module: str, name: str):
     return quietly(lambda: getattr(importlib.import_module(module), name))[0]
@@ -52,13 +67,14 @@ def old_object(module: str, name: str):
 
 def old_objects(module: str) -> dict[str, object]:
     "The public names of a module of 0.1.0 and what they are now."
-    return {name: old_object(module, name) for name in PUBLIC[module]}
+    return {name: old_object(module, name) for name in PUBLIC[module] if (module, name) not in REMOVED}
 
 
 @pytest.mark.parametrize("module", PUBLIC)
 def test_every_module_of_0_1_0_can_be_imported_with_all_of_its_names(module):
     found = quietly(lambda: importlib.import_module(module))[0]
-    assert [name for name in PUBLIC[module] if not quietly(lambda: hasattr(found, name))[0]] == []  # noqa: B023
+    lost = [name for name in PUBLIC[module] if not quietly(lambda: hasattr(found, name))[0]]  # noqa: B023
+    assert [name for name in lost if (module, name) not in REMOVED] == []
 
 
 def accepts(function, parameter: str) -> bool:
@@ -70,7 +86,9 @@ def accepts(function, parameter: str) -> bool:
     return parameter in known or any(p.kind is p.VAR_KEYWORD for p in given.values())
 
 
-@pytest.mark.parametrize("module", PUBLIC)
+@pytest.mark.parametrize(
+    "module", [m for m in PUBLIC if m != "scsa_book.cli"]
+)  # its interface is the command line
 def test_every_parameter_of_0_1_0_is_taken(module):
     found = {name: f for name, f in old_objects(module).items() if PUBLIC[module][name].get("parameters")}
     lost = [
@@ -79,7 +97,7 @@ def test_every_parameter_of_0_1_0_is_taken(module):
         for parameter in PUBLIC[module][name]["parameters"]
         if not accepts(function, parameter)
     ]
-    assert lost == []
+    assert [path for path in lost if path not in OTHER_PARAMETERS] == []
 
 
 def fields_and_members(cls) -> set[str]:
@@ -103,13 +121,13 @@ def test_every_attribute_and_method_of_0_1_0_is_there(module):
         for member in (*PUBLIC[module][name]["attributes"], *PUBLIC[module][name]["methods"])
         if member not in fields_and_members(found)
     ]
-    assert lost == []
+    assert [path for path in lost if path not in STEPS] == []
 
 
 # ---- the table
 
 
-@pytest.mark.parametrize("row", KIND["module"], ids=lambda row: row.old)
+@pytest.mark.parametrize("row", [row for row in KIND["module"] if row.new], ids=lambda row: row.old)
 def test_an_old_module_is_the_new_one_and_says_so_once(row: Renamed):
     code = f"import {row.old} as old, {row.new} as new, sys; assert old is new; import {row.old}"
     command = [sys.executable, "-W", "always", "-c", code]
@@ -120,11 +138,29 @@ def test_an_old_module_is_the_new_one_and_says_so_once(row: Renamed):
 
 @pytest.mark.parametrize("row", KIND["name"], ids=lambda row: f"{row.module}.{row.old}")
 def test_an_old_name_is_the_new_object_and_says_so_once(row: Renamed):
-    module = importlib.import_module(row.module)
+    module = quietly(lambda: importlib.import_module(row.module))[0]
     assert row.old not in vars(module), "a name that is not old"
+    where, _, name = row.new.rpartition(".")
+    new = getattr(importlib.import_module(where) if where else module, name)
     results = [quietly(lambda: getattr(module, row.old)) for _ in range(2)]
-    assert all(found is getattr(module, row.new) for found, _ in results)
+    assert all(found is new for found, _ in results)
     assert [said for _, said in results] == [[f"{row.module}.{row.old} was renamed: use {row.new}"], []]
+
+
+@pytest.mark.parametrize("row", KIND["removed"], ids=lambda row: f"{row.module}.{row.old}")
+def test_the_error_of_a_removed_name_says_what_to_use(row: Renamed):
+    module = quietly(lambda: importlib.import_module(row.module))[0]
+    with pytest.raises(AttributeError, match=re.escape(f"{row.module}.{row.old} was removed: {row.new}")):
+        getattr(module, row.old)
+    for path in re.findall(r"scsa_book[\w.]+", row.new):
+        assert importlib.util.find_spec(path), "a module to use that is not there"
+
+
+def test_a_module_that_became_several_gives_its_names_and_warns():
+    code = "import scsa_book.pooling as a, scsa_book.operators.pooling as b; assert a.fitting is b.fitting"
+    command = [sys.executable, "-W", "always", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("DeprecationWarning") == 2
 
 
 def owner(row: Renamed):
@@ -159,7 +195,7 @@ def test_an_old_parameter_is_the_new_one(row: Renamed):
         found = inspect.getattr_static(found, name)
     function = found.__init__ if isinstance(found, type) else found
     parameters = inspect.signature(function).parameters
-    assert row.new in parameters and old not in parameters
+    assert row.new in parameters and old not in parameters, "the function takes it anyway"
     names = inspect.getclosurevars(function).nonlocals["names"]
     assert names[old] == row.new
 

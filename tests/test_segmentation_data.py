@@ -195,7 +195,7 @@ def test_ade20ks_layout_is_read(ade):
 def test_missing_and_odd_files_are_named(camvid, ade):
     folder = camvid / "camvid"
     (folder / "trainannot/b.png").unlink()
-    with pytest.raises(DataError, match="no classes for 1 pictures, first b.png: .*trainannot. CamVid, as"):
+    with pytest.raises(DataError, match="no classes for 1 images, first b.png: .*trainannot. CamVid, as"):
         segmentation_dataset("camvid", camvid)
     Image.new("RGB", (48, 20)).save(folder / "trainannot/b.png")
     with pytest.raises(DataError, match="b.png has colours, not numbers of classes"):
@@ -206,7 +206,7 @@ def test_missing_and_odd_files_are_named(camvid, ade):
     Image.new("L", (20, 48), 1).save(folder / "trainannot/b.png")
     with pytest.raises(DataError, match="b.png and its classes b.png have different sizes"):
         draw(segmentation_dataset("camvid", camvid).train, 1)
-    (folder / "trainannot/b.png").write_bytes(b"no picture")
+    (folder / "trainannot/b.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="cannot decode b.png"):
         draw(segmentation_dataset("camvid", camvid).train, 1)
     (ade / "ade20k/ADEChallengeData2016/objectInfo150.txt").write_text("head\n1\twall\n")

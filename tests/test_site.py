@@ -574,7 +574,7 @@ def test_a_disk_that_is_full_is_said_and_the_last_site_stays(shown, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(SystemExit, match="no room on the disk .No space left on device: x.html"):
+        with pytest.raises(SystemExit, match="no space on the disk .No space left on device: x.html"):
             build.main(shown)
     assert "Small" in page_of(shown) and not (shown / "_preview_new").exists()
     build.render(None, shown)

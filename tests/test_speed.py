@@ -176,7 +176,7 @@ def test_the_command_leaves_a_file(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(speed, "SHAPE", (2, 32, 8, 8))
     monkeypatch.setattr(speed, "results_folder", lambda preset: tmp_path / preset)
     speed.command(["se"], device="cpu", budget=0)
-    assert not list(tmp_path.iterdir()), "a part would take the place of the whole"
+    assert not list(tmp_path.iterdir()), "a part would replace the whole"
     monkeypatch.setattr(speed.registry, "names", lambda: ["se"])
     capsys.readouterr()
     speed.command(device="cpu", budget=0)

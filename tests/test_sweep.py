@@ -43,7 +43,7 @@ from pathlib import Path
 from filelock import FileLock
 from scsa_book.paths import cache_folder
 from scsa_book.training import sweep
-from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult, result_path, write_whole
+from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult, result_path, write_atomic
 
 def execute(task, parameters, config, execution):
     assert task == "classify" and parameters["preset"] == config.preset and "task" not in parameters
@@ -63,7 +63,7 @@ def execute(task, parameters, config, execution):
             machine=Machine(device="cpu", devices=1, threads=1, versions={}),
             code=Code(commit=None, dirty=None),
         )
-        write_whole(result_path(config, execution), result.model_dump_json())
+        write_atomic(result_path(config, execution), result.model_dump_json())
 
 folder, run_id, option, attempt = sys.argv[1:]
 assert option == "--attempt"
@@ -74,7 +74,8 @@ DRIVER = """
 import sys
 from scsa_book.training import sweep
 sweep.JOB = (sys.argv[1],)
-sweep.sweep(**eval(sys.argv[2]))
+given = eval(sys.argv[2])
+sweep.sweep(given.pop("name"), **given)
 """
 
 
@@ -461,12 +462,12 @@ from scsa_book.training.config import Execution, configure
 from scsa_book.training.run import fit
 from scsa_book.training.tasks import build_network
 
-def each_picture_alone(module):
+def each_image_alone(module):
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, nn.GroupNorm(4, child.num_features))
         else:
-            each_picture_alone(child)
+            each_image_alone(child)
 
 torch.set_default_dtype(torch.float64)
 norm, devices, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
@@ -475,10 +476,10 @@ images = load_dataset(config.dataset, None, config.train_images, config.test_ima
 images = replace(images, train=TensorImages(images.train.images, images.train.labels))
 network = build_network(config, len(images.classes))
 if norm == "group":
-    each_picture_alone(network)
-place = Execution(results_dir=out / "results", cache_dir=out / f"cache{devices}{norm}", accelerator="cpu",
+    each_image_alone(network)
+execution = Execution(results_dir=out / "results", cache_dir=out / f"cache{devices}{norm}", accelerator="cpu",
                   devices=devices, strategy="ddp" if devices > 1 else "auto")
-done = fit(config, network, images, place)
+done = fit(config, network, images, execution)
 if rank_zero_only.rank == 0:
     found = {"weights": done.network.state_dict(), "metrics": [e.metrics for e in done.epochs]}
     torch.save(found | {"devices": done.devices}, out / f"{norm}{devices}.pt")

@@ -1,4 +1,4 @@
-"""The rows of the SCSA ablation, and every other option of its halves, against a literal reading."""
+"""The rows of the SCSA ablation, and every other option of its parts, against a literal reading."""
 
 import copy
 import math
@@ -284,9 +284,9 @@ def test_dtype_and_memory_format_are_kept(name, dtype):
 def test_maps_are_the_factors_of_forward(name):
     module, x = build(name).eval(), torch.randn(2, 16, 15, 22)
     maps = module.attention_maps(x)
-    halves = {"spatial": ["height", "width"], "channel": ["channel"]}
+    parts = {"spatial": ["height", "width"], "channel": ["channel"]}
     order = VERSIONS[name].get("order", "spatial-channel").split("-")
-    assert list(maps) == [key for half in order for key in halves[half]]
+    assert list(maps) == [key for half in order for key in parts[half]]
     assert torch.allclose(math.prod(maps.values(), start=x), module(x), rtol=1e-5, atol=1e-6)
 
 
@@ -382,7 +382,7 @@ def test_gradients_of_gradients():
 
 
 def test_the_input_is_left_alone():
-    "The last product takes the place of the first, never that of the input."
+    "The last product takes the memory of the first, never that of the input."
     for name, channels in (("scsa", 16), ("smsa", 16), ("pcsa", 16), ("cbam", 16), ("ca", 16), ("cat", 16)):
         module, x = registry.create(name, channels).eval(), torch.randn(2, channels, 14, 15)
         before = x.clone()

@@ -116,7 +116,7 @@ fit(config, build_network(config, len(images.classes)), images, where)
 @pytest.fixture(scope="module", params=["detect", "segment"])
 def whole_run(request, tmp_path_factory):
     "A configuration, and the run of it that nobody disturbs."
-    config, folder = tiny(request.param, attention="scsa"), tmp_path_factory.mktemp("undisturbed")
+    config, folder = tiny(request.param, attention="scsa"), tmp_path_factory.mktemp("uninterrupted")
     where = Execution(results_dir=folder / "results", cache_dir=folder / "cache", accelerator="cpu")
     return config, train(config, where)[0]
 

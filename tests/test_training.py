@@ -332,7 +332,7 @@ def test_a_run_that_is_killed_in_mid_epoch_ends_as_if_it_had_not_been(where, tmp
     assert left == ["epoch=0000.ckpt", "epoch=0001.ckpt"]
 
     resumed = train(config, where)
-    whole = train(config, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
+    whole = train(config, where.model_copy(update={"cache_dir": tmp_path / "uninterrupted"}))
     assert (resumed.starts, whole.starts) == (2, 1)
     assert [e.epoch for e in resumed.epochs] == [1, 2, 3, 4]
     assert metrics(resumed) == metrics(whole)
@@ -354,7 +354,7 @@ def test_a_run_that_is_asked_to_leave_goes_on_from_that_very_step(where, tmp_pat
         resumed = train(config, where)
     steps = resumed.task.steps_per_epoch
     assert seen == [*range(4, steps), *range(steps)]  # the rest of epoch 3, and epoch 4
-    whole = train(config, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
+    whole = train(config, where.model_copy(update={"cache_dir": tmp_path / "uninterrupted"}))
     assert (resumed.starts, [e.epoch for e in resumed.epochs]) == (2, [1, 2, 3, 4])
     assert metrics(resumed) == metrics(whole)
     assert bytes_of(resumed.network) == bytes_of(whole.network)
@@ -402,7 +402,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(stopped, whe
     images = dataset_of(stopped)
     resumed = run.fit(stopped, build_network(stopped, 10), images, where)
     assert "epoch=0001.ckpt is damaged and skipped" in capsys.readouterr().out
-    whole = train(stopped, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
+    whole = train(stopped, where.model_copy(update={"cache_dir": tmp_path / "uninterrupted"}))
     assert bytes_of(resumed.network) == bytes_of(whole.network) and metrics(resumed) == metrics(whole)
 
 
@@ -430,7 +430,7 @@ def test_again_forgets_what_was_there(where):
 
 def test_resuming_with_workers_keeps_the_order(stopped, where, tmp_path):
     resumed = train(stopped, where.model_copy(update={"workers": 1}))
-    whole = train(stopped, where.model_copy(update={"cache_dir": tmp_path / "undisturbed"}))
+    whole = train(stopped, where.model_copy(update={"cache_dir": tmp_path / "uninterrupted"}))
     assert bytes_of(resumed.network) == bytes_of(whole.network)
 
 

@@ -21,8 +21,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("words.yml")
 KINDS = {".ipynb", ".py", ".yml", ".yaml", ".md", ".cff", ".ini", ".toml", ".csv"}
-# The list itself, what its test says of it, and what other people wrote.
-SKIPPED = re.compile(r"(^|/)(words\.(yml|py)|test_words\.py|_modidx\.py)$|(^|/)data/[^/]+/[A-Z].*/")
+# The list itself, the tables of old names, and what other people wrote.
+SKIPPED = re.compile(
+    r"(^|/)(words\.(yml|py)|(test_)?renamed\.(csv|ipynb|py)|test_words\.py|_modidx\.py)$|(^|/)data/[^/]+/[A-Z].*/"
+)
 MIME = ("text/plain", "text/markdown", "text/html", "image/svg+xml")
 
 
@@ -47,13 +49,13 @@ def words_of(text: str) -> str:
 
 
 @functools.cache
-def rules() -> list[tuple[re.Pattern, str, bool, re.Pattern | None]]:
-    "Pattern, term, whether only identifiers count, what excuses the line."
+def rules() -> list[tuple[re.Pattern, str, str, re.Pattern | None]]:
+    "Pattern, term, where it counts (all, names, text), what excuses the line."
     return [
         (
             re.compile(rf"\b(?:{entry['word']})\b", re.I),
             entry["term"],
-            entry.get("names", False),
+            "names" if entry.get("names") else "text" if entry.get("text") else "all",
             re.compile(entry["beside"]) if "beside" in entry else None,
         )
         for entry in yaml.safe_load(LIST.read_text("utf-8"))["words"]
@@ -86,15 +88,13 @@ def without_identifiers(text: str, code: bool) -> str:
 def uses(line: Line, which: str = "all") -> Iterator[Use]:
     "The dialect words of a line: all, or those in its text only."
     plain = re.sub(r"https?://\S+|\]\([^)]*\)", "", line.text)
-    names = " ; ".join(identifiers(plain, line.code))
-    text = without_identifiers(plain, line.code) if which == "text" else plain
-    text, names = words_of(text), words_of(names)
-    for pattern, term, only_names, beside in rules():
-        if beside and beside.search(line.text):
+    names = words_of(" ; ".join(identifiers(plain, line.code)))
+    text = words_of(without_identifiers(plain, line.code))
+    parts = {"names": names, "text": text, "all": text if which == "text" else words_of(plain)}
+    for pattern, term, where, beside in rules():
+        if beside and beside.search(line.text) or (where, which) == ("names", "text"):
             continue
-        if only_names and which == "text":
-            continue
-        for match in pattern.finditer(names if only_names else text):
+        for match in pattern.finditer(parts[where]):
             yield Use(line, match[0], term)
 
 
@@ -115,6 +115,8 @@ def lines(path: Path, root: Path = ROOT) -> Iterator[Line]:
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
     if path.suffix != ".ipynb":
         for number, text in enumerate(path.read_text("utf-8").splitlines(), 1):
+            if re.match(r"\| .*\| \*\w", text):  # a row of the style sheet in CONTRIBUTING.md
+                continue
             yield Line(name, "", number, text, path.suffix == ".py")
         return
     for cell in json.loads(path.read_text("utf-8"))["cells"]:

@@ -1,7 +1,7 @@
 """The steps of `make book` after installation: a first site, sample runs, live pages, and the site again.
 
 Each step is skipped when nothing that it depends on has changed. A site is built beside the one that is
-there, checked, and put in its place whole. Imports of anything heavy stand inside the functions.
+there, checked, and moved to its folder whole. Imports of anything heavy stand inside the functions.
 """
 
 import os
@@ -221,7 +221,7 @@ def main(root=ROOT):
             raise
         where = f"{error.strerror}: {error.filename}"
         sys.exit(
-            f"no room on the disk ({where}). What was built before stays; make room, then make book goes on."
+            f"no space on the disk ({where}). What was built before stays; free some, then make book goes on."
         )
 
 

@@ -1,14 +1,17 @@
 """What a reader sees of a notebook: Quarto sends its JSON to stdin and shows what comes back on stdout.
 
 Drops what only nbdev reads, puts a bar with its module over an exported cell, merges the parameters of an
-executed run, lifts `# Title` and `> one line` into front matter, opens our callouts, and lets SVG figures
-follow the page's colours. A page that reads result files is shown as the build executed it. preview.py and
-readme.py call `clean` too. Standard library only: Quarto may start it with any Python.
+executed run, lifts `# Title` and `> one line` into front matter, opens our callouts, links the first use of
+a term to the glossary, and lets SVG figures follow the page's colours. A page that reads result files is
+shown as the build executed it. preview.py and readme.py call `clean` too. Standard library only: Quarto may
+start it with any Python.
 """
 
 import ast
+import csv
 import hashlib
 import json
+import os
 import re
 import sys
 import zlib
@@ -27,6 +30,13 @@ XLINK = "http://www.w3.org/1999/xlink"
 DIRECTIVE = re.compile(r"#\|\s?(.*?)\s*$")
 CALLOUT = re.compile(rf"^(:{{3,}})\s*\{{\.({'|'.join(CALLOUTS)})\b([^}}]*)\}}\s*$", re.M)
 HEAD = re.compile(r"\A\s*# +(?P<title>[^\n]+)\n*(?P<quote>(?:>[^\n]*(?:\n|\Z))+)?\s*(?P<rest>.*)\Z", re.S)
+GLOSSARY = Path("nbs/foundations/glossary.ipynb")
+# Not linked: code, formulas, links, citations, tags, headings, tables, captions, quotes and fences.
+PROTECTED = re.compile(
+    r"```.*?```|`[^`\n]*`|\$\$.*?\$\$(?:\s*\{[^}\n]*\})?|\$(?:[^$\n]|\n(?!\n))+\$|!?\[[^\]]*\](?:\([^)]*\)|\{[^}]*\})?|@[\w:-]+"
+    r"|<[^>\n]+>|https?://\S+|^(?:#|\||:|>)[^\n]*$",
+    re.S | re.M,
+)
 YAML = re.compile(r"\A\s*---\n(.*?)\n?---\s*\Z", re.S)
 SVG_TAG = re.compile(r'<svg [^>]*?width="([\d.]+)pt"[^>]*?viewBox="([^"]+)"[^>]*>|<svg [^>]*>')
 SITE_SETTING = re.compile(r"^\s*(repo-url|repo-branch):\s*[\"']?([^\s\"'#]+)", re.M)
@@ -159,6 +169,50 @@ def open_callouts(source):
     return CALLOUT.sub(one, source)
 
 
+def asis(cell):
+    "The Markdown that a cell with `output: asis` wrote, so that its headings are the page's; else None."
+    if cell["cell_type"] != "code" or "output: asis" not in split_head(text(cell))[0]:
+        return None
+    parts = (o["data"].get("text/markdown", "") for o in cell["outputs"] if "data" in o)
+    return markdown("\n\n".join("".join(part) for part in parts))
+
+
+def glossary(root):
+    "Each form of a term -> the anchor of its entry; longer forms first. See glossary.ipynb."
+    file = root / "scsa_book/explain/glossary.csv"
+    if not file.exists():
+        return {}
+    forms = {}
+    for row in csv.DictReader(file.read_text("utf-8").splitlines()):
+        anchor = "term-" + re.sub(r"\W+", "-", row["term"].lower())
+        forms |= dict.fromkeys(filter(None, [row["term"], *row["forms"].split("|")]), anchor)
+    return dict(sorted(forms.items(), key=lambda form: -len(form[0])))
+
+
+def link_terms(cells, where, forms):
+    "The first use of each term in the text of a page leads to the glossary, in place."
+    if not forms or where is None or where == GLOSSARY or where.parent == Path("nbs"):
+        return
+    page = Path(os.path.relpath(GLOSSARY, where.parent)).as_posix()
+    used, pattern = set(), re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, forms))})(?![\w-])", re.I)
+    lower = {form.lower(): anchor for form, anchor in forms.items()}
+
+    def one(m):
+        anchor = lower[m[0].lower()]
+        if anchor in used:
+            return m[0]
+        used.add(anchor)
+        return f"[{m[0]}]({page}#{anchor})"
+
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            source, end, parts = text(cell), 0, []
+            for m in PROTECTED.finditer(source):
+                parts += [pattern.sub(one, source[end : m.start()]), m[0]]
+                end = m.end()
+            cell["source"] = "".join([*parts, pattern.sub(one, source[end:])])
+
+
 def front_matter(cells, extra=()):
     "Move `# Title` and `> one line` of the first Markdown cell into the YAML that Quarto reads."
     first = next((c for c in cells if c["cell_type"] == "markdown"), None)
@@ -242,11 +296,11 @@ def links(nb, where, site):
 
 
 def settings(root):
-    "The two scalar settings we need; reading them by pattern avoids a YAML library."
+    "The terms of the glossary and the two scalar settings we need, read by pattern without a YAML library."
     file = root / "_quarto.yml"
     if not file.exists():
         return {}
-    return dict(SITE_SETTING.findall(file.read_text("utf-8")))
+    return dict(SITE_SETTING.findall(file.read_text("utf-8"))) | {"terms": glossary(root)}
 
 
 # ---- the whole notebook
@@ -258,13 +312,16 @@ def clean(nb, where=None, site=None):
     module = default_module(cells)
     kept = []
     for cell in cells:
-        if cell["cell_type"] == "code":
+        if written := asis(cell):
+            cell = written
+        elif cell["cell_type"] == "code":
             cell = code_cell(cell, module)
         elif cell["cell_type"] == "markdown":
             cell["source"] = open_callouts(text(cell))
         if cell:
             kept.append(cell)
     nb["cells"] = kept
+    link_terms(kept, where, (site or {}).get("terms"))
     ways = links(nb, where, site or {}) + provenance(nb)
     # An executed copy is git-ignored: "edit this page" would lead nowhere.
     extra = ["repo-actions: false"] if "papermill" in nb["metadata"] else []

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from tqdm import tqdm
 
-FEW = 8  # items for which starting processes is not worth it
+MIN_ITEMS = 8  # items for which starting processes is not worth it
 
 
 def usable_cores():
@@ -28,7 +28,7 @@ def tell(line):
 def each(what, work, things, cores=None):
     "Pairs of an item and its result of `work`, in order; `cores` processes, by default one per core."
     cores = min(cores or usable_cores(), len(things))
-    if cores < 2 or len(things) <= FEW:
+    if cores < 2 or len(things) <= MIN_ITEMS:
         return ((thing, work(thing)) for thing in shown(things, len(things), what))
     return spread(what, work, things, cores)
 

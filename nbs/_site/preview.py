@@ -331,9 +331,9 @@ def what_all_pages_follow(root):
 
 def key_of(path, root, common):
     "The inputs of a page: `common`, its path, its notebook, and its executed copy."
-    place, copy = path.relative_to(root).as_posix().encode(), reader.executed_copy(path)
+    where, copy = path.relative_to(root).as_posix().encode(), reader.executed_copy(path)
     return reader.digest(
-        common.encode(), place, path.read_bytes(), copy.read_bytes() if copy.exists() else b""
+        common.encode(), where, path.read_bytes(), copy.read_bytes() if copy.exists() else b""
     )
 
 

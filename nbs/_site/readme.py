@@ -14,10 +14,10 @@ INK = "<style>svg{color:#23262b}@media(prefers-color-scheme:dark){svg{color:#d9d
 def readme(root=ROOT):
     "The files that follow from the home page: path -> text."
     raw = reader.read(root / "nbs/index.ipynb")
-    picture = next((svg for cell in raw["cells"] for svg in figures(cell)), None)
+    image = next((svg for cell in raw["cells"] for svg in figures(cell)), None)
     parts = [NOTE, *(part for cell in reader.clean(raw)["cells"] if (part := section(cell)))]
     files = {"README.md": "\n\n".join(parts) + "\n"}
-    return files | ({f"nbs/{FIGURE}": standalone(picture)} if picture else {})
+    return files | ({f"nbs/{FIGURE}": standalone(image)} if image else {})
 
 
 def figures(cell):

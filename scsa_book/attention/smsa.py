@@ -69,7 +69,7 @@ class SMSA(Attention):
     `norm_first` and `shared` their Table III; biases as in their code. Raises
     `ValueError` for even kernels, channels that they cannot share evenly, an unknown
     norm or gate, and with `norm="batch"` in training, by torch, for strips of one
-    place in one image.
+    position in one image.
     """
 
     def __init__(

@@ -63,12 +63,12 @@ class AnnotatedObject(NamedTuple):
 
 # %% ../../nbs/training/annotations.ipynb #901834b1
 def clip_box(found: AnnotatedObject, width: int, height: int, notes: list[str]) -> list[float] | None:
-    "The box of `found` clipped to the picture; None, and a note, if nothing is left of it."
+    "The box of `found` clipped to the image; None, and a note, if no area remains."
     limits = (width, height, width, height)
     pairs = zip(found.box, limits, strict=True)
     box = [min(max(float(v), 0.0), float(limit)) for v, limit in pairs]
     shown = ", ".join(f"{v:g}" for v in found.box)
-    left, top, right, bottom = np.array(box, np.float32)  # the precision that a network sees
+    left, top, right, bottom = np.array(box, np.float32)  # the precision of a network's targets
     if not (right > left and bottom > top):
         notes.append(f"{found.where}: box ({shown}) has no area; left out")
         return None
@@ -105,7 +105,7 @@ CORRECT = "Correct the file."
 
 
 def parse_number(text: str | float | None, where: str, what: str) -> float:
-    "`text` as a finite number; DataError that says where and what it was to be."
+    "`text` as a finite number; DataError with file, line and meaning."
     try:
         value = float(text)
     except (TypeError, ValueError, OverflowError):
@@ -116,7 +116,7 @@ def parse_number(text: str | float | None, where: str, what: str) -> float:
 
 
 def side(text: str | float | None, where: str, what: str) -> int:
-    "`text` as the height or width of an image, a whole number from 1 up; DataError if it is none."
+    "`text` as the height or width of an image, a whole number from 1 up; else a DataError."
     value = parse_number(text, where, what)
     if value < 1 or value != int(value):
         raise DataError(f"{what} is {text!r:.60} and no number of pixels", where, CORRECT)
@@ -124,7 +124,7 @@ def side(text: str | float | None, where: str, what: str) -> int:
 
 # %% ../../nbs/training/annotations.ipynb #82e4a774
 def unique(pairs: Iterable[tuple], what: str, where: str) -> None:
-    "DataError for a value that two have; it names the value and both. `pairs`: value, who has it."
+    "DataError for a duplicate value; it names the value and both owners. `pairs`: value, owner."
     first = {}
     for value, owner in pairs:
         if value in first:
@@ -142,7 +142,7 @@ def label_of(name: str, classes: Sequence[str], where: str) -> int:
 
 # %% ../../nbs/training/annotations.ipynb #98fe3a5c
 def text_of(path: Path, remedy: str) -> str:
-    "The text of a file; DataError if it is missing or no text."
+    "The text of a file; DataError if it is missing or not text."
     if not path.is_file():
         raise DataError(f"no file {path.name}", path.parent, remedy)
     try:
@@ -156,22 +156,22 @@ def text_of(path: Path, remedy: str) -> str:
 
 # %% ../../nbs/training/annotations.ipynb #cd1d5307
 def check_images_exist(annotations: Annotations, remedy: str) -> Annotations:
-    "`annotations`, after making sure that it has pictures, and that each is on disk."
+    "`annotations`, after checking that there are images, and that each is on disk."
     missing = [p.file for p in annotations.images if not os.path.isfile(p.file)]
     if missing:
-        of_all = f"{len(missing)} of {len(annotations.images)} pictures missing"
+        of_all = f"{len(missing)} of {len(annotations.images)} images missing"
         what = f"{of_all}, first {missing[0].name}"
         raise DataError(what, missing[0].parent, remedy)
     if not annotations.images:
-        raise DataError(f"no pictures in the half {annotations.split!r}", "the annotations", remedy)
+        raise DataError(f"no images in the split {annotations.split!r}", "the annotations", remedy)
     files = ((os.path.normpath(p.file), f"image {p.image_id}") for p in annotations.images)
-    unique(files, "the file", f"the half {annotations.split!r}")
+    unique(files, "the file", f"the split {annotations.split!r}")
     return annotations
 
 # %% ../../nbs/training/annotations.ipynb #51c8689d
 COCO_REMEDY = (
     "A COCO folder has annotations/instances_train*.json and instances_val*.json, "
-    "and the pictures in train*/ and val*/."
+    "and the images in train*/ and val*/."
 )
 
 
@@ -195,7 +195,7 @@ def field(entry: dict, name: str, where: str):
 
 # %% ../../nbs/training/annotations.ipynb #3836d40d
 def listed(content: dict, name: str, where: str) -> list:
-    "A list of a COCO file; DataError if it is none."
+    "A list of a COCO file; DataError if it is not a list."
     entries = field(content, name, where)
     if not isinstance(entries, list):
         raise DataError(f"{name} is {type(entries).__name__} and no list", where, COCO_REMEDY)
@@ -213,7 +213,7 @@ def identity(entry: dict, name: str, where: str) -> int | str:
 
 
 def of_one_type(ids: Iterable[int | str], what: str, where: str) -> None:
-    "DataError for ids of which some are numbers and others texts: 1 and '1' would be two."
+    "DataError if some ids are numbers and others texts: 1 and '1' would differ."
     example = {type(id_): id_ for id_ in ids}
     if len(example) > 1:
         both = f"{example[int]!r} and {example[str]!r}"
@@ -221,14 +221,14 @@ def of_one_type(ids: Iterable[int | str], what: str, where: str) -> None:
 
 # %% ../../nbs/training/annotations.ipynb #e6e9b3f1
 def coco_number(value, where: str, what: str) -> float:
-    "A number of a COCO file; a text or a truth value is none, and a DataError."
+    "A number of a COCO file; DataError for a text or a Boolean."
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{what} is {value!r:.60} and no number", where, CORRECT)
     return parse_number(value, where, what)
 
 # %% ../../nbs/training/annotations.ipynb #f80dcb17
 def run_lengths(text: str) -> list[int]:
-    "The run lengths that COCO packs into a text; ValueError if it holds none."
+    "The run lengths that COCO encodes as a text; ValueError if it is invalid."
     counts, value, shift = [], 0, 0
     for letter in text:
         code = ord(letter) - 48
@@ -248,9 +248,9 @@ def run_lengths(text: str) -> list[int]:
 
 # %% ../../nbs/training/annotations.ipynb #2c266cfe
 def coco_runs(outline: dict, size: tuple[int, int], where: str) -> dict:
-    "Run lengths of a mask; DataError unless they are those of an image of `size`."
+    "Run lengths of a mask; DataError unless they fit an image of `size`."
     if not isinstance(given := field(outline, "size", where), list) or tuple(given) != size:
-        raise DataError(f"run lengths for a picture of {given}, not {list(size)}", where, CORRECT)
+        raise DataError(f"run lengths for an image of {given}, not {list(size)}", where, CORRECT)
     counts = field(outline, "counts", where)
     try:
         runs = run_lengths(counts) if isinstance(counts, str) else counts
@@ -281,7 +281,7 @@ def coco_polygon(polygon, size: tuple[int, int], where: str) -> np.ndarray:
 
 # %% ../../nbs/training/annotations.ipynb #dbb858b4
 def coco_outline(entry: dict, size: tuple[int, int], where: str) -> list | dict | None:
-    "Polygons as arrays, or run lengths; None where there is no mask."
+    "Polygons as arrays, or run lengths; None if there is no mask."
     outline = entry.get("segmentation") or None
     if isinstance(outline, list):
         return [coco_polygon(polygon, size, where) for polygon in outline]
@@ -294,7 +294,7 @@ def coco_outline(entry: dict, size: tuple[int, int], where: str) -> list | dict 
 
 # %% ../../nbs/training/annotations.ipynb #1311a019
 def coco_crowd(entry: dict, where: str) -> bool:
-    "The flag `iscrowd`; DataError for anything but 0, 1 and what means the same."
+    "The flag `iscrowd`; DataError for anything but 0, 1 and equal values."
     flag = entry.get("iscrowd") or 0
     if flag not in (0, 1):
         raise DataError(f"iscrowd is {flag!r:.60}, not 0 or 1", where, CORRECT)
@@ -306,7 +306,7 @@ def coco_object(
     size: tuple[int, int],
     labels: dict,
     where: str,
-    masks: bool = True,  # look at the outline
+    masks: bool = True,  # read the outline
 ) -> AnnotatedObject:
     "One annotation of a COCO file."
     box = listed(entry, "bbox", where)
@@ -350,10 +350,10 @@ def coco_labels(content: dict, classes: Sequence[str] | None, where: str) -> tup
 
 # %% ../../nbs/training/annotations.ipynb #d9716135
 class CocoImage(NamedTuple):
-    "An image as a COCO file lists it."
+    "An entry of the images in a COCO file."
 
     id: int | str
-    name: str  # of the file, from the folder of the images
+    name: str  # of the file, relative to the folder of the images
     size: tuple[int, int]  # height, width
 
 
@@ -379,7 +379,7 @@ def coco_images(content: dict, where: str) -> list[CocoImage]:
 
 # %% ../../nbs/training/annotations.ipynb #41afabf2
 def coco_groups(content: dict, where: str) -> dict[int | str, list[tuple[dict, str]]]:
-    "The annotations of each image by its id, each with where it is; DataError for an unknown image."
+    "The annotations of each image by its id, each with its location; DataError if unknown."
     groups = {image.id: [] for image in coco_images(content, where)}
     named = []
     for number_, entry in enumerate(listed(content, "annotations", where)):
@@ -398,12 +398,12 @@ def coco_groups(content: dict, where: str) -> dict[int | str, list[tuple[dict, s
 # %% ../../nbs/training/annotations.ipynb #ce8ebed2
 def read_coco(
     file: Path,  # instances_*.json, or coco.json
-    folder: Path,  # that its file names start from
+    folder: Path,  # that file names are relative to
     split: str,
     classes: Sequence[str] | None = None,  # use only these; None: all that the file lists
-    masks: bool = True,  # look at the outlines; False: boxes only
+    masks: bool = True,  # read the outlines; False: boxes only
 ) -> Annotations:
-    "One half of a set in COCO's format. Images whose ids are texts get their number as id."
+    "One split of a dataset in COCO's format. Images whose ids are texts get their number as id."
     content, notes, images = load_json(file), [], []
     names, labels = coco_labels(content, classes, str(file))
     groups, unused = coco_groups(content, str(file)), 0
@@ -433,14 +433,14 @@ def fill(outline: list | dict, height: int, width: int) -> np.ndarray:
 
 # %% ../../nbs/training/annotations.ipynb #c09bbefa
 def has_masks(image: AnnotatedImage) -> None:
-    "DataError unless each object of a picture has a mask."
+    "DataError unless each object of an image has a mask."
     if image.outlines is None and len(image.labels):
         what = f"{image.file.name} has objects without masks"
-        raise DataError(what, image.file.parent, "Use a set with masks, or boxes only.")
+        raise DataError(what, image.file.parent, "Use a dataset with masks, or boxes only.")
 
 
 def masks_of(image: AnnotatedImage) -> np.ndarray:
-    "The masks of a picture, uint8 (N, H, W); DataError where it has boxes only."
+    "The masks of an image, uint8 (N, H, W); DataError if it has boxes only."
     has_masks(image)
     masks = [fill(o, image.height, image.width) for o in image.outlines or ()]
     return np.stack(masks) if masks else np.zeros((0, image.height, image.width), np.uint8)
@@ -483,9 +483,9 @@ def read_voc(
     split: str,  # a list of ImageSets/Main
     classes: Sequence[str] = VOC_CLASSES,
     first: int = 1,  # number of the first pixel: 1 in VOC, 0 where edges are written
-    first_id: int = 0,  # id of the first picture
+    first_id: int = 0,  # id of the first image
 ) -> Annotations:
-    "One split of a set in Pascal VOC's format; difficult objects are crowds."
+    "One split of a dataset in Pascal VOC's format; difficult objects are crowds."
     listed = text_of(folder / "ImageSets" / "Main" / f"{split}.txt", VOC_REMEDY).split()
     images, notes = [], []
     for image_id, name in enumerate(listed, first_id):
@@ -511,7 +511,7 @@ VISDRONE_CLASSES = (
 
 
 def visdrone_object(line: str, where: str) -> AnnotatedObject:
-    "One line of a VisDrone file; what is not to be counted is a crowd."
+    "One line of a VisDrone file; objects that are not evaluated are crowds."
     parts = line.rstrip().rstrip(",").split(",")
     if len(parts) != 8:
         raise DataError(f"{len(parts)} numbers, not 8", where, CORRECT)
@@ -525,14 +525,14 @@ def visdrone_object(line: str, where: str) -> AnnotatedObject:
 
 # %% ../../nbs/training/annotations.ipynb #ddae0580
 def size_on_disk(path: Path, remedy: str) -> tuple[int, int]:
-    "Height and width of a picture from its header; DataError if it is missing or none."
+    "Height and width of an image from its header; DataError if it is missing or not an image."
     if not path.is_file():
         raise DataError(f"no file {path.name}", path.parent, remedy)
     return shown_size(path, remedy)
 
 
 def within_turned(image: Path, size: tuple[int, int], found: Iterable[AnnotatedObject]) -> None:
-    "DataError for a box outside an image that its EXIF orientation turns: it was drawn unturned."
+    "DataError for a box outside an image rotated by its EXIF orientation: drawn before rotation."
     limits = np.array([size[1], size[0]] * 2) + 1
     for f in found:
         if (np.array(f.box) > limits).any() and (turned := orientation(image)) != 1:
@@ -548,7 +548,7 @@ def read_lines(path: Path, remedy: str) -> list[tuple[str, str]]:
 
 # %% ../../nbs/training/annotations.ipynb #4e3fa53c
 def read_visdrone(folder: Path, split: str) -> Annotations:
-    "One half of VisDrone-DET: a folder with `images` and `annotations`."
+    "One split of VisDrone-DET: a folder with `images` and `annotations`."
     if not (folder / "images").is_dir():
         raise DataError("no folder `images`", folder, VISDRONE_REMEDY)
     images, notes = [], []
@@ -614,7 +614,7 @@ def by_lower_case(folder: Path) -> dict[str, Path]:
 
 # %% ../../nbs/training/annotations.ipynb #5b271516
 def read_exdark(folder: Path, splits: Sequence[str] = ("train", "val")) -> Annotations:
-    "The pictures of ExDark in `splits` (train, val, test)."
+    "The images of ExDark in `splits` (train, val, test)."
     images, notes = [], []
     image_files = {c: by_lower_case(folder / "ExDark" / c) for c in EXDARK_CLASSES}
     texts = {c: by_lower_case(folder / "ExDark_Annno" / c) for c in EXDARK_CLASSES}
@@ -640,7 +640,7 @@ FLIR_CLASSES = (
 
 
 def read_flir(folder: Path, split: str) -> Annotations:
-    "The thermal pictures of one half: `train` or `val`."
+    "The thermal images of one split: `train` or `val`."
     folder_of_split = folder / f"images_thermal_{split}"
     if not (folder_of_split / "coco.json").is_file():
         raise DataError("no file coco.json", folder_of_split, FLIR_REMEDY)

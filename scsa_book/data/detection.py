@@ -76,7 +76,7 @@ FACTS = {
 
 # %% ../../nbs/training/detection-data.ipynb #a3a39481
 def facts(name: str) -> DetectionFacts:
-    "What is known of the set `name`; ValueError for a name that is none."
+    "The facts of the dataset `name`; ValueError for an unknown name."
     if folder_name(name, "coco:"):
         return known(None, ANY, ann.COCO_REMEDY, masks=True)
     if name not in FACTS:
@@ -139,16 +139,16 @@ def augmented(image: Tensor, target: dict[str, Tensor], augment: Callable) -> tu
 
 # %% ../../nbs/training/detection-data.ipynb #381c730d
 class Detections(Dataset):
-    "Pictures with targets; what they are, a subclass says."
+    "Images with targets; subclasses define them."
 
-    augment: Callable | None = None  # a random change of picture and target
+    augment: Callable | None = None  # augmentation of image and target
 
     def pair(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        "Picture, uint8 (3, H, W), and target number `index`."
+        "Image, uint8 (3, H, W), and target number `index`."
         raise NotImplementedError
 
     def changed_pair(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        "Picture and target number `index` after their random change."
+        "Image and target number `index` after augmentation."
         pair = self.pair(index)
         return augmented(*pair, self.augment) if self.augment else pair
 
@@ -159,7 +159,7 @@ class Detections(Dataset):
 
 # %% ../../nbs/training/detection-data.ipynb #4d4bc6c2
 class ImageDetections(Detections):
-    "Annotated pictures on disk."
+    "Annotated images on disk."
 
     def __init__(
         self,
@@ -181,14 +181,14 @@ class ImageDetections(Detections):
     def changed_pair(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         try:
             return super().changed_pair(index)
-        except (ValueError, ArithmeticError) as error:  # a picture too thin to be cropped
+        except (ValueError, ArithmeticError) as error:  # an image too thin to be cropped
             file = self.images[index].file
             what = f"cannot change {file.name} at random ({error})"
             raise DataError(what, file.parent, "Use augment=flip, or remove it.") from error
 
 # %% ../../nbs/training/detection-data.ipynb #2be20e4b
 def pixels(annotated: AnnotatedImage) -> Tensor:
-    "The picture as uint8 (3, H, W); DataError if it is damaged or of another size."
+    "The image as uint8 (3, H, W); DataError if it is damaged or of another size."
     image = v2.functional.pil_to_tensor(read_image(annotated.file))
     if image.shape[1:] != (annotated.height, annotated.width):
         found = " x ".join(map(str, image.shape[1:]))
@@ -230,7 +230,7 @@ class SceneDetections(Detections):
 
 # %% ../../nbs/training/detection-data.ipynb #292c62a4
 def coco_split(location: Path, split: str, masks: bool = True) -> Annotations:
-    "The half `train` or `val` of a folder in COCO's layout; outlines are looked at for masks."
+    "The split `train` or `val` of a folder in COCO's layout; outlines are read for masks."
     found = sorted((location / "annotations").glob(f"instances_{split}*.json"))
     if len(found) != 1:
         what = f"{len(found)} files instances_{split}*.json, not one"
@@ -240,7 +240,7 @@ def coco_split(location: Path, split: str, masks: bool = True) -> Annotations:
 
 # %% ../../nbs/training/detection-data.ipynb #54b48caf
 def coco_splits(location: Path, masks: bool = True) -> list[Annotations]:
-    "Both halves of a folder in COCO's layout."
+    "Both splits of a folder in COCO's layout."
     return [coco_split(location, split, masks) for split in ("train", "val")]
 
 # %% ../../nbs/training/detection-data.ipynb #2c8660e4
@@ -259,7 +259,7 @@ def voc_splits(location: Path) -> list[Annotations]:
     return [both, ann.read_voc(kit / "VOC2007", "test")]
 
 # %% ../../nbs/training/detection-data.ipynb #35c05b56
-SPLIT_READERS = {  # of sets in formats without masks
+SPLIT_READERS = {  # of datasets in formats without masks
     "bccd": bccd_splits,
     "voc0712": voc_splits,
     "voc2012": lambda location: [
@@ -278,20 +278,20 @@ def read_splits(
     root: Path | str | None = None,
     masks: bool = False,  # with masks; DataError where an object has none
 ) -> tuple[Path, Annotations, Annotations]:
-    "Folder, training half and test half of a set of pictures."
+    "Folder, training split and test split of a dataset of images."
     location = folder_of(name, root)
     train, test = SPLIT_READERS[name](location) if name in SPLIT_READERS else coco_splits(location, masks)
     for annotated in (*train.images, *test.images) if masks else ():
         has_masks(annotated)
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes)) or ["their order"]
-        what = f"classes of the halves differ: {', '.join(odd[:5])}"
+        what = f"classes of the splits differ: {', '.join(odd[:5])}"
         raise DataError(what, location, facts(name).remedy)
     return location, train, test
 
 # %% ../../nbs/training/detection-data.ipynb #def91dda
 def below_root(name: str, root: Path | str | None, remedy: str) -> Path:
-    "The folder of a set below the data root; DataError if there is none."
+    "The folder of a dataset below the data root; DataError if there is none."
     if (location := chosen_root(root)) is None:
         unset = "neither data_root nor SCSA_BOOK_DATA is set"
         raise DataError(f"no data root for {name}", unset, remedy)
@@ -302,19 +302,19 @@ def below_root(name: str, root: Path | str | None, remedy: str) -> Path:
 
 
 def folder_of(name: str, root: Path | str | None = None) -> Path:
-    "Where a set lies: with the book, or below the data root."
+    "The folder of a dataset: in the book, or below the data root."
     f = facts(name)
     return embedded(name) if f.embedded else below_root(name, root, f.remedy)
 
 # %% ../../nbs/training/detection-data.ipynb #940d7a18
 def scaled_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    "Height and width after torchvision's scaling: to a short side, or at most to a long one."
+    "Height and width after torchvision's scaling: to a short side, limited by a long one."
     scale = min(shortest / min(height, width), longest / max(height, width))
     return int(height * scale), int(width * scale)
 
 
 def scaled_sizes(annotated: AnnotatedImage, shortest: Sequence[int], longest: int) -> list[tuple[int, int]]:
-    "The sizes that a picture is scaled to; DataError if a side of one is 0."
+    "The sizes that an image is scaled to; DataError if a side of one is 0."
     sizes = [scaled_size(annotated.height, annotated.width, side, longest) for side in shortest]
     if thin := [size for size in sizes if min(size) < 1]:
         file, before = annotated.file, f"{annotated.height} x {annotated.width}"
@@ -324,21 +324,21 @@ def scaled_sizes(annotated: AnnotatedImage, shortest: Sequence[int], longest: in
 
 
 def with_area(annotated: AnnotatedImage, scaled: tuple[int, int]) -> np.ndarray:
-    "Which boxes of a picture have an area in 32 bits once it is scaled."
+    "Which boxes of an image have an area in 32 bits after scaling."
     ratio = np.float32(scaled) / np.float32([annotated.height, annotated.width])
     left, top, right, bottom = (annotated.boxes * ratio[[1, 0, 1, 0]]).T
     return (right > left) & (bottom > top)
 
 # %% ../../nbs/training/detection-data.ipynb #026da621
 def picked(annotated: AnnotatedImage, rows: np.ndarray) -> AnnotatedImage:
-    "A picture with some of its objects."
+    "An image with some of its objects."
     arrays = {n: getattr(annotated, n)[rows] for n in ("boxes", "labels", "crowd", "area")}
     outlines = annotated.outlines and tuple(annotated.outlines[i] for i in np.flatnonzero(rows))
     return replace(annotated, **arrays, outlines=outlines)
 
 
 def scalable(split: Annotations, shortest: Sequence[int], longest: int) -> Annotations:
-    "A half whose boxes have an area at each of the sizes; DataError for a picture that is too thin."
+    "A split whose boxes have an area at each of the sizes; DataError for an image that is too thin."
     images, notes = [], list(split.notes)
     for p in split.images:
         sizes = scaled_sizes(p, shortest, longest)
@@ -351,7 +351,7 @@ def scalable(split: Annotations, shortest: Sequence[int], longest: int) -> Annot
 # %% ../../nbs/training/detection-data.ipynb #707d69a6
 @dataclass(frozen=True)
 class DetectionDataset(ImageDataset):
-    "Training and test pictures with targets; `ImageModule` makes loaders of it."
+    "Training and test images with targets; `ImageModule` makes loaders of it."
 
     masks: bool = False  # whether the targets have masks
 
@@ -387,7 +387,7 @@ def fingerprint_of_scenes(options: SceneOptions, count: int = 4) -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/training/detection-data.ipynb #f878f159
-SCENES = {"train": 2000, "test": 400}  # how many there are unless a run wants another number
+SCENES = {"train": 2000, "test": 400}  # default numbers of scenes
 
 
 SCENE_OPTIONS = model_of(SceneOptions, SceneOptions.__dataclass_fields__)
@@ -399,7 +399,7 @@ def scene_values(given: Mapping) -> dict:
 
 
 def scene_options(name: str, given: Mapping | SceneOptions | None) -> SceneOptions:
-    "The options of scenes from a mapping; ValueError for unknown ones or for another set."
+    "The options of scenes from a mapping; ValueError for unknown ones or for another dataset."
     if given and name != "scenes":
         raise ValueError(f"scene options are given, but the dataset is {name!r}: use 'scenes'")
     if isinstance(given, SceneOptions):
@@ -408,9 +408,9 @@ def scene_options(name: str, given: Mapping | SceneOptions | None) -> SceneOptio
 
 # %% ../../nbs/training/detection-data.ipynb #decbe55c
 class DetectionOptions(Options):
-    "What a set for detection can be told beside its name."
+    "The options of a detection dataset besides its name."
 
-    augment: Literal[tuple(AUGMENTS)] = "flip"  # a random change of pictures and boxes
+    augment: Literal[tuple(AUGMENTS)] = "flip"  # augmentation of images and boxes
     scenes: dict[str, Any] | None = None  # what scenes are like
 
 # %% ../../nbs/training/detection-data.ipynb #b59561db
@@ -430,7 +430,7 @@ def scenes_dataset(
     masks: bool,
     augment: str,
 ) -> DetectionDataset:
-    "Scenes as a set."
+    "Scenes as a dataset."
     f, transform = FACTS["scenes"], AUGMENTS[augment]
     return DetectionDataset(
         "scenes", SceneDetections(options, "train", train, masks, transform),
@@ -440,16 +440,16 @@ def scenes_dataset(
 
 # %% ../../nbs/training/detection-data.ipynb #811d23a8
 def detection_dataset(
-    name: str,  # scenes, bccd, coco-mini, a set below the data root, or coco:NAME
+    name: str,  # scenes, bccd, coco-mini, a dataset below the data root, or coco:NAME
     root: Path | str | None = None,  # the data root; SCSA_BOOK_DATA by default
-    train_images: int | None = None,  # only so many training pictures
-    test_images: int | None = None,  # only so many test pictures
+    train_images: int | None = None,  # number of training images; None: all
+    test_images: int | None = None,  # number of test images; None: all
     masks: bool = False,  # with masks
     augment: str = "flip",  # none, flip, or flip-crop
-    scenes: Mapping | SceneOptions | None = None,  # what scenes are like
+    scenes: Mapping | SceneOptions | None = None,  # options of scenes
     scaled: tuple[Sequence[int], int] | None = None,  # short sides and longest side of a detector
 ) -> DetectionDataset:
-    "A set for detection; DataError if it is missing or damaged, ValueError if asked wrongly."
+    "A detection dataset; DataError if missing or damaged, ValueError for wrong arguments."
     check_request(name, masks, augment)
     options = scene_options(name, scenes)
     if name == "scenes":

@@ -75,7 +75,7 @@ AWAY = "It existed before: restore the data, and the same call resumes from its 
 # %% ../../nbs/training/data.ipynb #f15b956d
 @contextlib.contextmanager
 def open_image(path: Path, remedy: str = DAMAGED):
-    "A picture's file as Pillow opens it; DataError if it is away or cannot be decoded."
+    "An image file opened by Pillow; DataError if it is missing or cannot be decoded."
     from PIL import Image
 
     try:
@@ -84,7 +84,7 @@ def open_image(path: Path, remedy: str = DAMAGED):
             yield file
     except DataError:
         raise
-    except Exception as error:  # decoders of many formats raise whatever their parsers raise
+    except Exception as error:  # decoders raise errors of many classes
         if number := getattr(error, "errno", None):
             problem = f"cannot reach {path.name} ({os.strerror(number)})"
             raise DataError(problem, path.parent, AWAY) from error
@@ -94,7 +94,7 @@ def open_image(path: Path, remedy: str = DAMAGED):
 # %% ../../nbs/training/data.ipynb #b35e92d7
 SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
-RANGE = "Save it with 8 or 16 bits a colour: its numbers have no range that could be known."
+RANGE = "Save it with 8 or 16 bits per channel: the range of its values is unknown."
 
 
 def from_sixteen(file):
@@ -109,7 +109,7 @@ def from_sixteen(file):
 
 # %% ../../nbs/training/data.ipynb #875644c8
 def as_rgb(file, path: Path):
-    "An open image as RGB, as its mode says; DataError names a mode without a known range."
+    "An open image as RGB, according to its mode; DataError for a mode without a known range."
     if file.mode == "I" and file.format in ("PNG", "PPM"):  # 16 bits, as older Pillows open them
         return from_sixteen(file).convert("RGB")
     if file.mode in ("I", "F"):
@@ -133,7 +133,7 @@ def orientation(path: Path) -> int:
 
 
 def shown_size(path: Path, remedy: str = DAMAGED) -> tuple[int, int]:
-    "Height and width of an image as it is shown; only one that is turned is decoded for it."
+    "Height and width of an image as it is shown; only rotated ones are decoded for it."
     from PIL import ImageOps
 
     with open_image(path, remedy) as file:
@@ -143,7 +143,7 @@ def shown_size(path: Path, remedy: str = DAMAGED) -> tuple[int, int]:
 
 # %% ../../nbs/training/data.ipynb #a118c677
 def read_image(path: Path):
-    "An image as RGB, turned as its EXIF orientation says; DataError if it is away or damaged."
+    "An image as RGB, rotated by its EXIF orientation; DataError if it is missing or damaged."
     from PIL import ImageOps
 
     with open_image(path) as file:
@@ -152,13 +152,13 @@ def read_image(path: Path):
 
 # %% ../../nbs/training/data.ipynb #c9e643e0
 class FolderImages(Dataset):
-    "Pictures on disk, decoded and changed when drawn."
+    "Images on disk, decoded and augmented when loaded."
 
     def __init__(
         self,
         paths: list[Path],
         labels: Tensor,
-        transform: Callable,  # PIL picture -> uint8 (3, H, W)
+        transform: Callable,  # PIL image -> uint8 (3, H, W)
     ):
         self.paths, self.labels, self.transform = paths, labels, transform
 
@@ -175,7 +175,7 @@ class FolderImages(Dataset):
         image = read_image(path)
         try:
             return self.transform(image)
-        except Exception as error:  # too thin, or too large once it is resized
+        except Exception as error:  # too thin, or too large after resizing
             what = f"cannot resize {path.name}, {image.height} x {image.width} pixels ({error})"
             raise DataError(what, path.parent, DAMAGED) from error
 
@@ -188,12 +188,12 @@ FOREIGN = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "lo
 
 
 def ours(name: str) -> bool:
-    "Whether a name of a file or folder is one that a person gave: not hidden, not of a system."
+    "Whether a file or folder is neither hidden nor made by the operating system."
     return not name.startswith(".") and name not in FOREIGN
 
 
 def below(folder: Path) -> list[Path]:
-    "The image files below a folder, those in hidden and foreign folders apart, in order."
+    "The sorted image files below a folder, without those in hidden and system folders."
     found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
     return sorted(p for p in found if all(map(ours, p.relative_to(folder).parts)))
 
@@ -218,11 +218,11 @@ def files_of_classes(folder: Path) -> tuple[dict[str, dict[str, list[Path]]], li
     for odd in sorted(named["train"] ^ named["val"]):
         split = "train" if odd not in named["train"] else "val"
         if odd in found[split]:
-            raise DataError(f"no pictures of class `{odd}`", folder / split / odd, LAYOUT)
+            raise DataError(f"no images of class `{odd}`", folder / split / odd, LAYOUT)
     if odd := sorted(named["train"] ^ named["val"]):
         raise DataError(f"train and val differ: {', '.join(odd[:5])}", folder, LAYOUT)
     if not named["train"]:
-        raise DataError("no pictures in any class", folder, LAYOUT)
+        raise DataError("no images in any class", folder, LAYOUT)
     empty = sorted({*found["train"], *found["val"]} - named["train"])
     notes = [f"{folder}: classes without images left out: {', '.join(empty)}"] if empty else []
     return {split: {c: found[split][c] for c in sorted(named[split])} for split in found}, notes
@@ -236,15 +236,15 @@ def list_images(files: dict[str, list[Path]]) -> tuple[list[Path], Tensor]:
 # %% ../../nbs/training/data.ipynb #55eabdab
 @dataclass(frozen=True)
 class ImageDataset:
-    "Training and test pictures with what a run must know about them."
+    "Training and test images with the facts that a run needs."
 
     name: str
     train: Dataset
     test: Dataset
     classes: tuple[str, ...]
-    mean: tuple[float, ...]  # of each channel, of pictures in [0, 1]
+    mean: tuple[float, ...]  # of each channel, of images in [0, 1]
     std: tuple[float, ...]
-    fingerprint: str  # SHA-256 of the pictures and labels
+    fingerprint: str  # SHA-256 of the images and labels
     notes: tuple[str, ...] = ()  # what was left out, and where
 
 # %% ../../nbs/training/data.ipynb #5b6ed734
@@ -297,7 +297,7 @@ def folder_name(name: str, kind: str) -> str | None:
 
 # %% ../../nbs/training/data.ipynb #40e918d9
 def facts(name: str) -> Facts:
-    "What is known of the set `name`; ValueError for a name that is none."
+    "The facts of the dataset `name`; ValueError for an unknown name."
     if folder_name(name, "folder:"):
         return replace(IMAGENET, remedy=LAYOUT)
     if name not in FACTS:
@@ -375,7 +375,7 @@ def crops(size: int = 224) -> tuple[Callable, Callable]:
 
 # %% ../../nbs/training/data.ipynb #85732295
 def image_folder(name: str, root: Path | str | None = None) -> ImageDataset:
-    "The set `imagenet` or `folder:NAME` below the data root."
+    "The dataset `imagenet` or `folder:NAME` below the data root."
     known = facts(name)
     if (location := chosen_root(root)) is None:
         unset = "neither data_root nor SCSA_BOOK_DATA is set"

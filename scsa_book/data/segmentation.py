@@ -204,7 +204,7 @@ def grey_table(meaning: Mapping[int, int]) -> np.ndarray:
 
 # %% ../../nbs/training/segmentation-data.ipynb #c613cf3f
 def read_classes(path: Path, table: np.ndarray, remedy: str) -> Tensor:
-    "Classes, uint8 (H, W), of a file of greys; DataError for a grey that means nothing."
+    "The label map, uint8 (H, W), of a grey image file; DataError for an undefined value."
     with open_image(path, remedy) as file:
         greys = np.asarray(file)
     if greys.ndim != 2 or greys.dtype.kind not in "ui":
@@ -245,7 +245,7 @@ class FileMaps(ClassMaps):
 
 # %% ../../nbs/training/segmentation-data.ipynb #794735e7
 def pair_files(images: Path, classes: Path, remedy: str) -> list[tuple[Path, Path]]:
-    "Pictures of a folder with the files of their classes; DataError if one has none."
+    "Images of a folder with the files of their label maps; DataError if one has none."
     for folder in (images, classes):
         if not folder.is_dir():
             raise DataError(f"no folder `{folder.name}`", folder.parent, remedy)
@@ -254,8 +254,8 @@ def pair_files(images: Path, classes: Path, remedy: str) -> list[tuple[Path, Pat
     ann.unique(((p.stem, p.name) for p in files), "the name", str(images))
     lost = [p.name for p in files if p.stem not in known]
     if lost or not files:
-        missing = f"no classes for {len(lost)} pictures, first {lost[0]}" if lost else ""
-        raise DataError(missing or "no pictures", classes if lost else images, remedy)
+        missing = f"no classes for {len(lost)} images, first {lost[0]}" if lost else ""
+        raise DataError(missing or "no images", classes if lost else images, remedy)
     return [(p, known[p.stem]) for p in files]
 
 # %% ../../nbs/training/segmentation-data.ipynb #738d94bc
@@ -294,9 +294,9 @@ def ade_classes(location: Path) -> tuple[str, ...]:
 # %% ../../nbs/training/segmentation-data.ipynb #6d695c3e
 @dataclass(frozen=True)
 class SegmentationDataset(ImageDataset):
-    "Training and test pictures with classes; `ImageModule` makes loaders of it."
+    "Training and test images with label maps; `ImageModule` makes data loaders of it."
 
-    ignore: int = IGNORE  # the class that losses and scores pass over
+    ignore: int = IGNORE  # the label that losses and metrics ignore
 
 # %% ../../nbs/training/segmentation-data.ipynb #2a795a09
 def from_files(name: str, root, limits: Sequence, augment: Callable) -> SegmentationDataset:
@@ -314,12 +314,12 @@ def from_files(name: str, root, limits: Sequence, augment: Callable) -> Segmenta
     )  # fmt: skip
 
 # %% ../../nbs/training/segmentation-data.ipynb #5d7ca5db
-MOST = IGNORE - 1  # classes beside the background
+MOST = IGNORE - 1  # classes besides the background
 FEWER = "Join classes, or leave some out of the file."
 
 # %% ../../nbs/training/segmentation-data.ipynb #3ec5ad43
 def from_objects(name: str, root, limits: Sequence, augment: Callable) -> SegmentationDataset:
-    "A set in COCO's layout."
+    "A dataset in COCO's layout."
     location, *splits = detection.read_splits(name, root, masks=True)
     if len(splits[0].classes) > MOST:
         many = f"{name} has {len(splits[0].classes)} classes"
@@ -353,12 +353,12 @@ Factor = Annotated[Number, Field(ge=0.01, le=100)]
 
 
 class SegmentationOptions(Options):
-    "What a set for segmentation can be told beside its name."
+    "The options of a segmentation dataset besides its name."
 
-    crop: tuple[Side, Side] | None = None  # of training, height and width; None: the set's own
+    crop: tuple[Side, Side] | None = None  # of training, height and width; None: the dataset's own
     scale: tuple[Factor, Factor] | None = None  # range of random scales; None: likewise
     distort: StrictBool = False  # change colours at random
-    scenes: dict[str, Any] | None = None  # what scenes are like
+    scenes: dict[str, Any] | None = None  # options of scenes
 
     @field_validator("scale")
     @classmethod
@@ -371,14 +371,14 @@ class SegmentationOptions(Options):
 def segmentation_dataset(
     name: str,  # scenes, coco-mini, coco2017, camvid, ade20k or coco:NAME
     root: Path | str | None = None,  # the data root; SCSA_BOOK_DATA by default
-    train_images: int | None = None,  # only so many training pictures
-    test_images: int | None = None,  # only so many test pictures
+    train_images: int | None = None,  # number of training images; None: all
+    test_images: int | None = None,  # number of test images; None: all
     crop: tuple[int, int] | None = None,  # of training; None: that of the facts
     scale: tuple[float, float] | None = None,  # range of random scales; None: likewise
     distort: bool = False,  # change colours at random
-    scenes: Mapping | SceneOptions | None = None,  # what scenes are like
+    scenes: Mapping | SceneOptions | None = None,  # options of scenes
 ) -> SegmentationDataset:
-    "A set for segmentation; DataError if missing or damaged, ValueError if asked wrongly."
+    "A segmentation dataset; DataError if missing or damaged, ValueError for wrong arguments."
     f, options = facts(name), detection.scene_options(name, scenes)
     given = {"crop": crop, "scale": scale, "distort": distort}
     crop, scale, distort = checked(SegmentationOptions, given, "data option").values()

@@ -318,7 +318,7 @@ def panels(c: Comparison) -> dict[str, list[Row]]:
 
 # %% ../../nbs/evidence/comparisons.ipynb #5d41fdef
 def axis_limits(
-    found: Iterable[tuple[Sequence[float], Summary]],  # points and summaries
+    found: Iterable[tuple[Sequence[float], Summary]],  # points, mean and interval
     marks: Sequence[float] = (),  # further values to include
 ) -> tuple[float, float] | None:
     "From the least to the largest of points, means, and intervals of three or more runs."

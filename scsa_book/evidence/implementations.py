@@ -95,7 +95,7 @@ def cbam(
 
 # %% ../../nbs/evidence/implementations.ipynb #3b84d486
 def cat(c, h, w, *, pools=(AVERAGE, MAXIMUM), summaries="add") -> Iterable[Call]:
-    "CAT; `summaries` as in the mechanism."
+    "CAT; the option is that of the mechanism."
     seen = 3 if summaries == "stack" else 1
     yield from pooled((1, c, h, w), *pools)
     yield from perceptron(c, max(c // 16, 1), 3)

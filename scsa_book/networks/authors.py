@@ -42,7 +42,7 @@ def _stage_options(row: Row, options: Mapping, stage: int) -> dict:
     return {k: v[stage] if isinstance(v, tuple) else v for k, v in chosen.items()}
 
 
-def _place(network: nn.Module, row: Row, options: Mapping) -> None:
+def _attach(network: nn.Module, row: Row, options: Mapping) -> None:
     "Put a row's mechanism into all its blocks."
     for stage, blocks in enumerate(row.stages):
         chosen = _stage_options(row, options, stage)
@@ -74,7 +74,7 @@ def build(
     trunk = {k: v for k, v in options.items() if k in row.trunk_options}
     network = row.trunk(row.num_classes if num_classes is None else num_classes, **trunk)
     if row.attention is not None:
-        _place(network, row, {k: v for k, v in options.items() if k in row.options})
+        _attach(network, row, {k: v for k, v in options.items() if k in row.options})
     return network
 
 # %% ../../nbs/networks/authors.ipynb #0af80928
@@ -178,7 +178,7 @@ class View:
         found = tuple(ratio(s[1], s[0], d) for s, d in zip(shapes, defaults, strict=True))
         return found[0] if len(set(found)) == 1 else found
 
-
+# %% ../../nbs/networks/authors.ipynb #4481b928
 def ratio(
     channels: int,
     hidden: int,  # channels // ratio
@@ -190,7 +190,7 @@ def ratio(
             return r
     raise ValueError(f"no ratio makes {hidden} of {channels} channels")
 
-# %% ../../nbs/networks/authors.ipynb #4481b928
+# %% ../../nbs/networks/authors.ipynb #f4eff36f
 def _bottleneck(reduce: str, bias: str | None = None):
     def read(view: View) -> dict:
         found = {"reduction": view.ratios(reduce, view.row.options["reduction"])}
@@ -212,12 +212,12 @@ def _read_fca(view: View) -> dict:
     chosen = "top16" if all(p == named for p in pairs) else pairs[0]
     return {**found, "frequencies": chosen, "size": tuple(p.shape[-1] for p in patterns)}
 
-
+# %% ../../nbs/networks/authors.ipynb #a3dbbfc7
 def _read_scsa(view: View) -> dict:
     kernels = [view.each(f"@smsa.convs.{i}.weight")[0].shape[-1] for i in range(4)]
     return {"kernels": kernels, "qkv_bias": view.found("@pcsa.q.bias")[0] is not None}
 
-
+# %% ../../nbs/networks/authors.ipynb #568c450a
 def _read_sa(view: View) -> dict:
     pairs = zip(view.each("bn3.weight"), view.each("@channel.weight"), strict=True)
     return {"groups": tuple(len(wide) // (2 * narrow.numel()) for wide, narrow in pairs)}
@@ -473,7 +473,7 @@ def _facts(report: Report) -> dict:
         found[key] = value if isinstance(value, tuple) else (value,) * len(row.stages)
     return found
 
-
+# %% ../../nbs/networks/authors.ipynb #703c8080
 @cache
 def _families() -> list[list[str]]:
     "Names that differ in nothing but options that the weights show."
@@ -484,7 +484,7 @@ def _families() -> list[list[str]]:
         found.setdefault(repr(own), []).append(name)
     return list(found.values())
 
-
+# %% ../../nbs/networks/authors.ipynb #096359de
 def _fitting(state: Mapping[str, Tensor]) -> list[Report]:
     "Reports of the families that a state dict fits, under the name whose options it has."
     found = []
@@ -532,7 +532,7 @@ def _new_classifier(network: nn.Module, num_classes: int) -> None:
     kind = type(network).__name__
     raise ValueError(f"num_classes={num_classes}: {kind} has no classifier of one layer to exchange")
 
-
+# %% ../../nbs/networks/authors.ipynb #496d94de
 def load(
     path: Path | str,  # what torch.save or safetensors wrote
     name: str | None = None,  # one of `names()`; None: the only one that fits

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['RESIDUAL', 'SE_LINEAR', 'ECA', 'FCA', 'CBAM', 'SGE', 'SA', 'GC', 'STRIPS', 'SCSA', 'CA', 'CHANNEL', 'SPATIAL',
            'BAM_LAYERS', 'BAM', 'SENET', 'JONGCHAN', 'ECANET', 'FCANET', 'SANET', 'INSIGHT', 'GCNET', 'SCSANET',
-           'GENET', 'COORD', 'DANET', 'TIMM', 'ALL', 'DEEP', 'SMALL', 'ROWS', 'se', 'cbam', 'bam', 'CIFAR', 'fca', 'sa',
-           'sge', 'dense_and_grouped', 'SK_INSIGHT', 'gc', 'scsa', 'MM', 'WIDTHS', 'MOBILE', 'EXPANDED', 'FIRST',
-           'EXPANDING', 'COORD_RULES', 'ca', 'ECA_MOBILE', 'NARROW', 'mobile_eca', 'BLOCKS_OF', 'PLACES', 'SCSA_MOBILE',
-           'WIDE', 'VARIANTS', 'DANET_RULES', 'STEMS', 'head_alone', 'DEEP_STEM', 'TIERED', 'POOLED', 'ZERO', 'D', 'T',
-           'X4', 'X8', 'TIMM_TRUNKS', 'SENET154', 'WIDE_SE', 'NEXT', 'WITH_ECA', 'LEGACY_NAMES', 'LEGACY_STEM',
-           'legacy', 'CAFFE', 'SE_MODULE', 'rectified', 'FIRST_STRIDE', 'halves', 'SK_TIMM', 'basic', 'wide',
-           'SK_TRUNKS', 'BYOB_NAMES', 'GCA', 'STEM_4', 'SILU', 'SHAPE_33', 'GROUPED', 'BYOB_TRUNKS', 'gca', 'BYOB',
-           'BYOB_RULES', 'Source', 'Rule', 'Row', 'rule', 'linear_as_conv', 'se_rules', 'residual', 'residual_network',
-           'of', 'resnet', 'eca', 'insight_width', 'ge_rules', 'wide_network', 'DualAttention', 'danet', 'timm_se',
-           'timm_eca', 'legacy_row', 'floor_8', 'floor_16', 'timm_gc']
+           'GENET', 'COORD', 'DANET', 'TIMM', 'ALL', 'DEEP', 'SMALL', 'ROWS', 'CIFAR', 'dense_and_grouped',
+           'SK_INSIGHT', 'MM', 'WIDTHS', 'MOBILE', 'EXPANDED', 'FIRST', 'EXPANDING', 'COORD_RULES', 'ECA_MOBILE',
+           'NARROW', 'BLOCKS_OF', 'NUMBERED', 'SCSA_MOBILE', 'WIDE', 'VARIANTS', 'DANET_RULES', 'STEMS', 'DEEP_STEM',
+           'TIERED', 'POOLED', 'ZERO', 'D', 'T', 'X4', 'X8', 'TIMM_TRUNKS', 'SENET154', 'WIDE_SE', 'NEXT', 'WITH_ECA',
+           'LEGACY_NAMES', 'LEGACY_STEM', 'CAFFE', 'SE_MODULE', 'FIRST_STRIDE', 'two_inputs', 'SK_TIMM', 'SK_TRUNKS',
+           'BYOB_NAMES', 'GCA', 'STEM_4', 'SILU', 'SHAPE_33', 'GROUPED', 'BYOB_TRUNKS', 'BYOB', 'BYOB_RULES', 'Source',
+           'Rule', 'Row', 'rule', 'linear_as_conv', 'se_rules', 'residual', 'residual_network', 'of', 'resnet', 'eca',
+           'insight_width', 'ge_rules', 'wide_network', 'DualAttention', 'danet', 'timm_se', 'timm_eca', 'legacy_row',
+           'floor_8', 'floor_16', 'timm_gc']
 
 # %% ../../nbs/networks/authors-table.ipynb #a9cdd848
 import re
@@ -197,26 +196,26 @@ ALL, DEEP = (18, 34, 50, 101, 152), (50, 101, 152)
 SMALL = {"block": "basic", "planes": (16, 32, 64), "stem_widths": (16,), "stem_strides": (1,)}
 ROWS: dict[str, Row] = {}
 
-se = {"attention": "se", "reads": "se", "options": {"reduction": 16, "bias": False}}
-ROWS |= {f"se_resnet{d}": Row(SENET, resnet(d), SE_LINEAR, **se) for d in ALL}
+_se = {"attention": "se", "reads": "se", "options": {"reduction": 16, "bias": False}}
+ROWS |= {f"se_resnet{d}": Row(SENET, resnet(d), SE_LINEAR, **_se) for d in ALL}
 ROWS |= {
     f"se_resnet{6 * n + 2}": Row(
         SENET, of(Design((n, n, n), pooling="none", **SMALL)), SE_LINEAR,
-        **se, stages=RESIDUAL[:3],
+        **_se, stages=RESIDUAL[:3],
     )
     for n in (3, 5, 9)
 }  # fmt: skip
-cbam = {"attention": "cbam", "reads": "cbam", "options": {"reduction": 16}}
-ROWS |= {f"cbam_resnet{d}": Row(JONGCHAN, resnet(d), CBAM, **cbam) for d in ALL[:4]}
+_cbam = {"attention": "cbam", "reads": "cbam", "options": {"reduction": 16}}
+ROWS |= {f"cbam_resnet{d}": Row(JONGCHAN, resnet(d), CBAM, **_cbam) for d in ALL[:4]}
 
 # %% ../../nbs/networks/authors-table.ipynb #88270bc5
-bam = {"attention": "bam", "reads": "bam", "position": "between_stages"}
-bam |= {"options": {"reduction": 16, "dilation": 4, "combine": "product"}}
-bam |= {"stages": RESIDUAL[:3]}
-ROWS |= {f"bam_resnet{d}": Row(JONGCHAN, resnet(d), BAM, **bam) for d in ALL[:4]}
+_bam = {"attention": "bam", "reads": "bam", "position": "between_stages"}
+_bam |= {"options": {"reduction": 16, "dilation": 4, "combine": "product"}}
+_bam |= {"stages": RESIDUAL[:3]}
+ROWS |= {f"bam_resnet{d}": Row(JONGCHAN, resnet(d), BAM, **_bam) for d in ALL[:4]}
 CIFAR = {"stem_strides": (1,), "pooling": "none"}  # for images of 32 pixels a side
-ROWS |= {f"cbam_resnet{d}_cifar": Row(JONGCHAN, resnet(d, **CIFAR), CBAM, **cbam) for d in ALL[:4]}
-ROWS |= {f"bam_resnet{d}_cifar": Row(JONGCHAN, resnet(d, **CIFAR), BAM, **bam) for d in ALL[:4]}
+ROWS |= {f"cbam_resnet{d}_cifar": Row(JONGCHAN, resnet(d, **CIFAR), CBAM, **_cbam) for d in ALL[:4]}
+ROWS |= {f"bam_resnet{d}_cifar": Row(JONGCHAN, resnet(d, **CIFAR), BAM, **_bam) for d in ALL[:4]}
 
 # %% ../../nbs/networks/authors-table.ipynb #38d03e29
 def eca(*kernels: int) -> dict:
@@ -229,16 +228,16 @@ ROWS |= {
     f"eca_resnet{d}_k{''.join(map(str, k))}": Row(ECANET, resnet(d), ECA, **eca(*k))
     for d in ALL for k in ((3, 3, 5, 7), (3, 5, 5, 7), (5, 5, 5, 7))
 }  # fmt: skip
-fca = {"attention": PatternFCA, "reads": "fca"}
-fca |= {"options": {"frequencies": "top16", "size": (56, 28, 14, 7), "reduction": 16}}
+_fca = {"attention": PatternFCA, "reads": "fca"}
+_fca |= {"options": {"frequencies": "top16", "size": (56, 28, 14, 7), "reduction": 16}}
 ROWS |= {
-    f"fcanet{d}": Row(FCANET, resnet(d), FCA, **fca, position="bn2" if d < 50 else "bn3")
+    f"fcanet{d}": Row(FCANET, resnet(d), FCA, **_fca, position="bn2" if d < 50 else "bn3")
     for d in ALL[1:]
 }
-sa = {"attention": "sa", "reads": "sa", "options": {"groups": 64}}
-ROWS |= {f"sa_resnet{d}": Row(SANET, resnet(d), SA, **sa) for d in DEEP}
-sge = {"attention": "sge", "reads": "sge", "options": {"groups": 64, "eps": 1e-5}}
-ROWS |= {f"sge_resnet{d}": Row(INSIGHT, resnet(d), SGE, **sge) for d in DEEP}
+_sa = {"attention": "sa", "reads": "sa", "options": {"groups": 64}}
+ROWS |= {f"sa_resnet{d}": Row(SANET, resnet(d), SA, **_sa) for d in DEEP}
+_sge = {"attention": "sge", "reads": "sge", "options": {"groups": 64, "eps": 1e-5}}
+ROWS |= {f"sge_resnet{d}": Row(INSIGHT, resnet(d), SGE, **_sge) for d in DEEP}
 
 # %% ../../nbs/networks/authors-table.ipynb #39fb8700
 def insight_width(width: int) -> int:
@@ -260,21 +259,21 @@ ROWS |= {
 }  # fmt: skip
 
 # %% ../../nbs/networks/authors-table.ipynb #1da38d9c
-gc = {"attention": "gc", "reads": "gc", "stages": RESIDUAL[1:], "num_classes": 0}
+_gc = {"attention": "gc", "reads": "gc", "stages": RESIDUAL[1:], "num_classes": 0}
 ROWS |= {
     f"gcnet_r{r}_resnet{d}": Row(
-        GCNET, resnet(d, True), GC, **gc, options={"reduction": r, "min_hidden": 1, "fusion": "add"}
+        GCNET, resnet(d, True), GC, **_gc, options={"reduction": r, "min_hidden": 1, "fusion": "add"}
     )
     for d in DEEP for r in (4, 8, 16, 32)
 }  # fmt: skip
-scsa = {"attention": "scsa", "reads": "scsa", "position": "before_last_conv"}
-scsa |= {"options": {
+_scsa = {"attention": "scsa", "reads": "scsa", "position": "before_last_conv"}
+_scsa |= {"options": {
     "kernels": [3, 5, 7, 9], "qkv_bias": False, "heads": 1, "window": 7, "pool": "average",
     "gate": "sigmoid", "dropout": 0.0,
 }}  # fmt: skip
 MM = [Rule(r"^fc\.", "head.fc."), Rule(r"^(conv1|bn1|layer)", r"backbone.\1")]
 ROWS |= {
-    f"scsa_resnet{d}": Row(SCSANET, resnet(d, True), [*SCSA, *MM], **scsa) for d in DEEP
+    f"scsa_resnet{d}": Row(SCSANET, resnet(d, True), [*SCSA, *MM], **_scsa) for d in DEEP
 }
 
 # %% ../../nbs/networks/authors-table.ipynb #8407bf09
@@ -292,29 +291,29 @@ COORD_RULES += [Rule(FIRST + ours.replace(".", r"\.") + r"\.", rf"\1.@{theirs}."
 COORD_RULES += [Rule("@", ""), Rule(r"^features\.18\.", "conv.")]
 
 # %% ../../nbs/networks/authors-table.ipynb #281b7a8c
-ca = {"attention": "ca", "reads": "ca", "position": "before_last_conv", "stages": MOBILE[1:]}
-ca |= {"options": {"reduction": 32, "min_hidden": 8}}
+_ca = {"attention": "ca", "reads": "ca", "position": "before_last_conv", "stages": MOBILE[1:]}
+_ca |= {"options": {"reduction": 32, "min_hidden": 8}}
 ROWS |= {
-    f"ca_mobilenet_v2{w}": Row(COORD, partial(mobile_trunk, width=n), COORD_RULES, **ca)
+    f"ca_mobilenet_v2{w}": Row(COORD, partial(mobile_trunk, width=n), COORD_RULES, **_ca)
     for w, n in WIDTHS.items()
 }
 ECA_MOBILE = [Rule(EXPANDED + r"@conv\.", r"\1.conv.4.conv."), Rule(FIRST + r"@conv\.", r"\1.conv.3.conv.")]
 NARROW = [f"features.{i}" for i in range(1, 14)], [f"features.{i}" for i in range(14, 18)]
-mobile_eca = {"stages": NARROW, "attention": "eca", "reads": "eca", "options": {"kernel": (1, 3)}}
+_mobile_eca = {"stages": NARROW, "attention": "eca", "reads": "eca", "options": {"kernel": (1, 3)}}
 ROWS |= {
     f"eca_mobilenet_v2{w}": Row(
         replace(ECANET, file="models/eca_mobilenetv2.py"),
-        partial(mobile_trunk, width=n, multiple=1), ECA_MOBILE, **mobile_eca,
+        partial(mobile_trunk, width=n, multiple=1), ECA_MOBILE, **_mobile_eca,
     )
     for w, n in WIDTHS.items() if n != 1.4
 }  # fmt: skip
 
 # %% ../../nbs/networks/authors-table.ipynb #009e0196
 BLOCKS_OF = (1, 2, 3, 4, 3, 3, 1)  # of the seven stages of MobileNetV2
-PLACES = [(s, i) for s, n in enumerate(BLOCKS_OF, 1) for i in range(n)]
+NUMBERED = [(s, i) for s, n in enumerate(BLOCKS_OF, 1) for i in range(n)]
 SCSA_MOBILE = [Rule(r"^features\.0\.0\.", "conv1.conv."), Rule(r"^features\.0\.1\.", "conv1.bn."),
                Rule(r"^features\.18\.0\.", "conv2.conv."), Rule(r"^features\.18\.1\.", "conv2.bn.")]
-for stage_block, number in zip(PLACES, range(1, 18), strict=True):
+for stage_block, number in zip(NUMBERED, range(1, 18), strict=True):
     begin, projection = rf"^features\.{number}\.", 2 if number == 1 else 3
     layer = f"layer{stage_block[0]}.{stage_block[1]}.conv."
     SCSA_MOBILE += [Rule(begin + "@", f"{layer}{projection - 1}.@")]
@@ -326,7 +325,7 @@ SCSA_MOBILE += [replace(r, theirs=r.theirs.replace("attn.", "")) for r in SCSA]
 SCSA_MOBILE += [Rule(r"^classifier\.1\.", "head.fc."), Rule(r"^(conv\d|layer)", r"backbone.\1")]
 ROWS |= {
     f"scsa_mobilenet_v2{w}": Row(
-        SCSANET, partial(mobile_trunk, width=n), SCSA_MOBILE, **scsa, stages=MOBILE,
+        SCSANET, partial(mobile_trunk, width=n), SCSA_MOBILE, **_scsa, stages=MOBILE,
     )
     for w, n in WIDTHS.items()
 }  # fmt: skip
@@ -355,10 +354,10 @@ def wide_network(num_classes: int, *, depth: int, factor: int) -> WideResNet:
 WIDE = ((16, 2), (16, 4), (16, 8), (28, 2), (28, 4), (28, 10), (40, 2), (40, 4))
 VARIANTS = {"theta_minus": "theta-", "theta": "theta", "theta_plus": "theta+"}
 for extent in (None, 2, 4, 8):
-    ge = {"attention": unofficial_ge, "reads": "ge", "position": "conv2", "stages": RESIDUAL[:3]}
+    _ge = {"attention": unofficial_ge, "reads": "ge", "position": "conv2", "stages": RESIDUAL[:3]}
     ROWS |= {
         f"ge_{v}{f'_e{extent}' if extent else ''}_wrn{d}_{k}": Row(
-            GENET, partial(wide_network, depth=d, factor=k), ge_rules(extent), **ge,
+            GENET, partial(wide_network, depth=d, factor=k), ge_rules(extent), **_ge,
             options={"variant": variant, "extent": extent, "size": (32, 16, 8)},
         )
         for d, k in WIDE for v, variant in VARIANTS.items()
@@ -423,8 +422,8 @@ for d in DEEP:
         seen = {"full_size": False, "output_stride": 8, "multi_grid": grid}
         make = partial(danet, design=residual(d, **changes), **seen)
         ROWS[f"danet_resnet{d}{stem}"] = Row(DANET, make, DANET_RULES, num_classes=19)
-head_alone = [*DANET_RULES, Rule(r"^head\.", "")]
-ROWS["danet_head"] = Row(DANET, partial(danet, channels=512), head_alone, reads="danet", num_classes=19)
+_head_alone = [*DANET_RULES, Rule(r"^head\.", "")]
+ROWS["danet_head"] = Row(DANET, partial(danet, channels=512), _head_alone, reads="danet", num_classes=19)
 
 # %% ../../nbs/networks/authors-table.ipynb #bc9a72c3
 DEEP_STEM = {"stem_widths": (32, 32, 64), "stem_strides": (2, 1, 1)}
@@ -477,19 +476,19 @@ LEGACY_STEM = [
     Rule(r"^conv1\.6\.", "layer0.conv3."), Rule(r"^bn1\.", "layer0.bn3."),
     Rule(r"^fc\.", "last_linear."),
 ]  # fmt: skip
-legacy = {"reads": "se", "options": {"reduction": 16, "bias": True}}
+_legacy = {"reads": "se", "options": {"reduction": 16, "bias": True}}
 CAFFE, SE_MODULE = {"pooling": "caffe"}, se_rules("se_module")
 
 
 def legacy_row(trunk: Callable, rules: Sequence[Rule] = LEGACY_NAMES, **changes) -> Row:
     "A port of a Caffe network."
-    return Row(TIMM, trunk, [*SE_MODULE, *rules], **{"attention": "se", **legacy, **changes})
+    return Row(TIMM, trunk, [*SE_MODULE, *rules], **{"attention": "se", **_legacy, **changes})
 
 
-rectified = {"attention": RectifiedSE, "position": "bn2"}
+_rectified = {"attention": RectifiedSE, "position": "bn2"}
 FIRST_STRIDE = {**CAFFE, "stride_first": True}
 ROWS |= {
-    **{f"timm_legacy_seresnet{d}": legacy_row(resnet(d, **CAFFE), **rectified) for d in (18, 34)},
+    **{f"timm_legacy_seresnet{d}": legacy_row(resnet(d, **CAFFE), **_rectified) for d in (18, 34)},
     **{f"timm_legacy_seresnet{d}": legacy_row(resnet(d, **FIRST_STRIDE)) for d in DEEP},
     **{f"timm_legacy_seresnext{d}_32x4d": legacy_row(resnet(d, **CAFFE, **X4)) for d in (26, 50, 101)},
     "timm_legacy_senet154": legacy_row(resnet(154, **CAFFE, **SENET154), LEGACY_STEM),
@@ -506,7 +505,7 @@ def floor_16(width: int) -> int:
     return max(width // 8, 16)
 
 
-halves = partial(SelectiveConv, groups=(1, 1), halved=True)
+two_inputs = partial(SelectiveConv, groups=(1, 1), halved=True)
 SK_TIMM = [
     Rule(r"\.branches\.(\d)\.0\.", r".paths.\1.@conv."), Rule(r"\.branches\.(\d)\.1\.", r".paths.\1.@bn."),
     Rule(r"\.selector\.reduce\.weight", ".attn.fc_reduce.weight", "o i -> o i 1 1"),
@@ -515,10 +514,10 @@ SK_TIMM = [
     Rule(r"^(layer\d\.\d+\.conv\d)\.(weight|bias)", r"\1.@conv.\2"),
     Rule(r"^(layer\d\.\d+)\.bn(\d)\.", r"\1.conv\2.@bn."), Rule("@", ""),
 ]  # fmt: skip
-basic, wide = partial(halves, hidden=floor_16), partial(halves, hidden=floor_8)
+_basic, _wide = partial(two_inputs, hidden=floor_16), partial(two_inputs, hidden=floor_8)
 SK_TRUNKS = {
-    **{f"resnet{d}": resnet(d, select=basic) for d in (18, 34)},
-    "resnet50": resnet(50, select=wide), "resnet50d": resnet(50, select=wide, **D),
+    **{f"resnet{d}": resnet(d, select=_basic) for d in (18, 34)},
+    "resnet50": resnet(50, select=_wide), "resnet50d": resnet(50, select=_wide, **D),
     "resnext50_32x4d": resnet(50, select=SelectiveConv, **X4),
 }  # fmt: skip
 ROWS |= {
@@ -562,9 +561,9 @@ BYOB_TRUNKS = {
     "resnext26ts": Design(LAYERS[26], **GROUPED, **TIERED, **SILU),
     "resnext50ts": Design(LAYERS[50], **GROUPED, **TIERED, **SILU),
 }  # fmt: skip
-gca = {"attention": timm_gc, "reads": "gc", "position": "conv3", "side": "before"}
+_gca = {"attention": timm_gc, "reads": "gc", "position": "conv3", "side": "before"}
 BYOB = {
-    "gc": {**gca, "options": {"reduction": 8}},
+    "gc": {**_gca, "options": {"reduction": 8}},
     "se": {"attention": "se", "reads": "se", "position": "before_last_conv",
            "options": {"reduction": (8, 16, 16, 16), "bias": True}},
     "eca_": {"attention": "eca", "reads": "eca", "position": "before_last_conv",

@@ -22,9 +22,9 @@ def call(
     attention: nn.Module,
     x: Tensor,  # (B, C, H, W)
 ) -> Tensor:  # (B, C, H, W)
-    "What placed attention makes of a map, times its `initial_gain`."
+    "What placed attention makes of a map, times its `gain`."
     y = _one_node(attention, x) if isinstance(x, Proxy) else attention(x)
-    gain = getattr(attention, "initial_gain", 1.0)
+    gain = getattr(attention, "attention_gain", 1.0)
     return y if gain == 1 else y * gain
 
 # %% ../../nbs/networks/blocks.ipynb #b11932bb

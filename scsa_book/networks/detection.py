@@ -250,7 +250,7 @@ ELSEWHERE = ("backbone", "attention", "position", "options", "image_mean", "imag
 
 @cache
 def detector_options(name: str) -> type[Options]:
-    "A model of all that `build_detector` can be told about a detector, beside backbone and attention."
+    "A model of the options of `build_detector` besides backbone and attention."
     settings = detector_settings(name)
     theirs = inspect.signature(DETECTORS[name].base).parameters
     ours = inspect.signature(build_detector).parameters.values()

@@ -90,31 +90,34 @@ def _check(network: nn.Module, gain: float) -> None:
         raise ValueError(f"the network is in {', '.join(sorted(over))}, {remedy}")
     number = isinstance(gain, (int, float)) and not isinstance(gain, bool)
     if not number or not math.isfinite(gain) or gain <= 0:
-        raise ValueError(f"initial_gain={gain!r} must be a positive number")
+        raise ValueError(f"gain={gain!r} must be a positive number")
 
 # %% ../../nbs/networks/placement.ipynb #ef267eb0
 def _attach(network: nn.Module, found: Mapping[str, Placement], make: Callable, gain: float) -> nn.Module:
     _check(network, gain)
     built = {name: _build(network, name, placement, make) for name, placement in found.items()}
     for name, attention in built.items():
-        attention.initial_gain = float(gain)  # by this `attentions` knows it
+        attention.attention_gain = float(gain)  # by this `attentions` knows it
         _insert(network, name, found[name], attention)
     return network
 
 # %% ../../nbs/networks/placement.ipynb #762c9d6f
 def attend(
     network: nn.Module,  # of blocks that `BLOCKS` knows: torchvision's or timm's, or a part
-    name: str,  # mechanism of the registry
+    name: str | None,  # mechanism of the registry; None: `gain` alone, a control
     *,
     position: str | None = None,  # of `positions(network)`, or a role; None: the registered role
     blocks: str | Sequence[str] = "*",  # patterns for the names of the blocks that get one
-    initial_gain: float = 1.0,  # a fixed factor on what the mechanism gives
+    gain: float = 1.0,  # a fixed factor on what the mechanism gives
     **options,  # of the mechanism
 ) -> nn.Module:  # the same network
     "Put a mechanism at one position of all blocks. A `ValueError` leaves the network as it was."
-    role = registry.info(name).position
-    found = placements(network, position or role, blocks)
-    return _attach(network, found, partial(registry.create, name, **options), initial_gain)
+    if name is None and (position is None or options):
+        given = f"position={position!r}" + "".join(f", {name}=..." for name in options)
+        raise ValueError(f"without a mechanism there are position= and gain= alone, not {given}")
+    found = placements(network, position or registry.info(name).position, blocks)
+    make = partial(registry.create, name, **options) if name else nn.Identity
+    return _attach(network, found, make, gain)
 
 # %% ../../nbs/networks/placement.ipynb #e60bd138
 def check_placing(
@@ -132,7 +135,7 @@ def check_placing(
 # %% ../../nbs/networks/placement.ipynb #eaa33fc9
 def attentions(network: nn.Module) -> dict[str, nn.Module]:
     "The placed modules by name: `BLOCK.attention.POSITION` or `LAYER.attention`."
-    return {n: m for n, m in network.named_modules() if "initial_gain" in vars(m)}
+    return {n: m for n, m in network.named_modules() if "attention_gain" in vars(m)}
 
 # %% ../../nbs/networks/placement.ipynb #fdde1683
 @dataclass(frozen=True)
@@ -278,7 +281,7 @@ def attend_modules(
     *,
     side: str = "after",  # "before": on the input of these modules; "after": on their output
     example: Tensor | None = None,  # an input, needed where a module does not know its channels
-    initial_gain: float = 1.0,  # a fixed factor on what the mechanism gives
+    gain: float = 1.0,  # a fixed factor on what the mechanism gives
     **options,  # of the mechanism
 ) -> nn.Module:  # the same network
     "Put attention at modules chosen by name. A `ValueError` leaves the network as it was."
@@ -287,7 +290,7 @@ def attend_modules(
     widths = _widths(network, dict.fromkeys(_named(network, pattern, side), side), example)
     create = registry.create if isinstance(attention, str) else _moved
     found = {n: Placement(side, width, (), n, f"{side}_block") for n, width in widths.items()}
-    return _attach(network, found, partial(create, attention, **options), initial_gain)
+    return _attach(network, found, partial(create, attention, **options), gain)
 
 
 

@@ -218,7 +218,7 @@ ELSEWHERE = ("backbone", "attention", "position", "options", "in_channels")
 
 @cache
 def segmenter_options(name: str) -> type[Options]:
-    "A model of all that `build_segmenter` can be told, beside backbone and attention."
+    "A model of the options of `build_segmenter` besides backbone and attention."
     if name not in KINDS:
         raise unknown("segmentation network", name, KINDS)
     ours = inspect.signature(build_segmenter).parameters.values()

@@ -84,7 +84,7 @@ def library_operator(name: str, form: Callable, device: str, fake: Callable) -> 
 
 # %% ../../nbs/operators/choice.ipynb #84b7ca52
 def with_gradient(run: Callable, gradient: Callable) -> Callable:
-    "`run` for autograd: `gradient` is told the outputs' gradients and all arguments."
+    "`run` for autograd: `gradient` takes the outputs' gradients and all arguments."
 
     class Whole(torch.autograd.Function):
         generate_vmap_rule = True  # for a transform of something else
@@ -111,7 +111,7 @@ def with_gradient(run: Callable, gradient: Callable) -> Callable:
 
 # %% ../../nbs/operators/choice.ipynb #0db98e20
 def operator(written: Callable) -> Callable:
-    "The written form, with a place for others: `@name.on(device)`, `@name.composed_on(device)`."
+    "The written form, open to others: `@name.on(device)`, `@name.composed_on(device)`."
     forms: dict[str, Form] = {}
 
     @functools.wraps(written)

@@ -15,8 +15,8 @@ from .choice import operator
 from .gating import row_sums
 from .memory import OF_SEVERAL, pieces
 from .pooling import fitting
-from .strips import bagged_rows, summed_as_bags
-from .windows import columns_of_few, window_means
+from .strips import embedding_bag_rows, fits_embedding_bag
+from .windows import columns_at_once, window_means
 
 # %% ../../nbs/operators/gated-windows.ipynb #b3b08918
 @operator
@@ -57,8 +57,8 @@ def gated_window_gradient(
 # %% ../../nbs/operators/gated-windows.ipynb #b0f8dd36
 def weighted_rows(x: Tensor, s_h: Tensor, k: int) -> Tensor:
     "Mean of k rows at a time, each times its gate: (B, C, H // k, W)."
-    if summed_as_bags(x):
-        return bagged_rows(x, k, s_h)
+    if fits_embedding_bag(x):
+        return embedding_bag_rows(x, k, s_h)
     end = x.shape[2] // k * k
     rows = x[:, :, :end:k] * s_h[:, :, :end:k]
     for i in range(1, k):
@@ -68,7 +68,7 @@ def weighted_rows(x: Tensor, s_h: Tensor, k: int) -> Tensor:
 
 @gated_window_means.on("cpu", gradient=gated_window_gradient)
 def gated_window_means_cpu(x: Tensor, s_h: Tensor, s_w: Tensor, k_h: int, k_w: int) -> Tensor:
-    return columns_of_few(weighted_rows(x, s_h, k_h).mul_(s_w), k_w)
+    return columns_at_once(weighted_rows(x, s_h, k_h).mul_(s_w), k_w)
 
 # %% ../../nbs/operators/gated-windows.ipynb #5bf50516
 def like_factors(

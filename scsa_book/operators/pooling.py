@@ -66,9 +66,9 @@ def check_window(
         )
 
 # %% ../../nbs/foundations/pooling.ipynb #0506cbbc
-def fitting(window: int | None, places: int) -> int:
+def fitting(window: int | None, positions: int) -> int:
     "The size of a window on an axis with this many positions."
-    return places if window is None else min(window, places)
+    return positions if window is None else min(window, positions)
 
 # %% ../../nbs/foundations/pooling.ipynb #23cdefdc
 def window_maximum(

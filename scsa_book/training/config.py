@@ -23,26 +23,27 @@ from .presets import PRESETS, defaults, recipe
 
 # %% ../../nbs/training/config.ipynb #1ba6830d
 class RunConfig(BaseModel):
-    "What decides the result of a run. Make one with `configure`, which checks all names too."
+    "All that determines the result of a run. Made by `configure`, which also checks all names."
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     task: Literal["classify", "detect", "segment"] = "classify"
     preset: str = "sample"  # whose defaults these are; also the folder of the result
-    paper: Literal["scsa", "cat"] | None = None  # whose recipe, under the preset `paper`
+    paper: Literal["scsa", "cat"] | None = None  # whose recipe, at the preset `paper`
     dataset: str = "fashion-mnist"
-    train_images: int | None = Field(None, ge=2)  # only so many training pictures
-    test_images: int | None = Field(None, ge=1)  # only so many test pictures
-    data_options: dict[str, Any] = {}  # of the data set, such as the size of scenes
+    train_images: int | None = Field(None, ge=2)  # number of training images; None: all
+    test_images: int | None = Field(None, ge=1)  # number of test images; None: all
+    data_options: dict[str, Any] = {}  # of the dataset, such as the size of scenes
     network: str = "resnet8"
     backbone: str | None = None  # of a detector or segmenter; None: its own default
     network_options: dict[str, Any] = {}  # of a detector or segmenter
-    weights: str | None = None  # to begin with: "imagenet" or a file; None: random
-    attention: str | None = None  # None: the network as it is
-    position: str | None = None  # None: the role it is registered with
+    weights: str | None = None  # initial weights: "imagenet" or a file; None: random
+    attention: str | None = None  # None: the plain network
+    position: str | None = None  # None: the mechanism's default
     options: dict[str, Any] = {}  # of the mechanism
+    gain: float = Field(1.0, gt=0)  # fixed factor after the mechanism, or at `position` alone
     epochs: int = Field(1, ge=1)
-    epoch_steps: int | None = Field(None, ge=1)  # of an epoch; None: once through the pictures
+    epoch_steps: int | None = Field(None, ge=1)  # steps per epoch; None: once through the images
     batch_size: int = Field(128, ge=2)  # over all devices
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.1, gt=0)
@@ -52,7 +53,7 @@ class RunConfig(BaseModel):
     milestones: tuple[int, ...] = ()  # epochs after which `step` multiplies lr by gamma
     gamma: float = Field(0.1, gt=0, le=1)
     power: float = Field(0.9, gt=0)  # of the polynomial `poly`
-    warmup_epochs: float = Field(0, ge=0)  # lr rises linearly for so long
+    warmup_epochs: float = Field(0, ge=0)  # duration of the linear warm-up of lr
     label_smoothing: float = Field(0, ge=0, lt=1)
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     channels_last: bool = False
@@ -88,7 +89,9 @@ def contradictions(config: RunConfig) -> dict[str, bool]:
     too_long = f"warmup_epochs={c.warmup_epochs:g} leaves nothing of epochs={c.epochs}"
     return {
         "options are given, but no attention": none and c.options != {},
-        "a position is given, but no attention": none and c.position is not None,
+        "a position is given, but no attention": none and c.position is not None and c.gain == 1,
+        "a gain is given, but neither attention nor a position": none and not c.position and c.gain != 1,
+        "a gain without attention is for the task classify": none and c.gain != 1 and c.task != "classify",
         "schedule 'step' needs milestones": c.schedule == "step" and not c.milestones,
         f"milestones {late} are after the last epoch ({c.epochs})": late != [],
         "milestones must rise": sorted(set(c.milestones)) != list(c.milestones),
@@ -104,19 +107,19 @@ def digest(config: RunConfig) -> str:
 
 # %% ../../nbs/training/config.ipynb #ffe8ac97
 class Execution(BaseModel):
-    "How and where a run is executed; no part of its id."
+    "How and where a run is executed; not part of its id."
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    workers: Whole | None = Field(None, ge=0)  # that fetch pictures; None: chosen to keep up
+    workers: Whole | None = Field(None, ge=0)  # of data loaders; None: chosen automatically
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto"
     devices: Whole = Field(1, ge=1)
     nodes: Whole = Field(1, ge=1)
-    strategy: str = "auto"  # how Lightning shares the work: ddp, ...
+    strategy: str = "auto"  # Lightning's strategy for several devices: ddp, ...
     data_root: Path | None = None  # None: SCSA_BOOK_DATA
     results_dir: Path | None = None  # None: nbs/results of the book
     cache_dir: Path | None = None  # None: .cache/runs of the book
-    again: StrictBool = False  # begin anew, whatever an earlier attempt left
+    again: StrictBool = False  # start from the beginning, ignoring earlier checkpoints
 
 # %% ../../nbs/training/config.ipynb #8c3c1033
 class ConfigError(ValueError):
@@ -134,7 +137,7 @@ def must_be_known(what: str, name: str, known) -> None:
 
 # %% ../../nbs/training/config.ipynb #de4db6e7
 def preset_values(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    "What a preset says, without options for scenes where another dataset is given."
+    "The values of a preset, without options of scenes if another dataset is given."
     values = dict(defaults(given["task"], preset, given.get("network")))
     if given.get("dataset", "scenes") != "scenes" and "scenes" in values.get("data_options", {}):
         values["data_options"] = {k: v for k, v in values["data_options"].items() if k != "scenes"}
@@ -142,7 +145,7 @@ def preset_values(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/training/config.ipynb #d356fcdb
 def configure(preset: str = "sample", **given) -> RunConfig:
-    "A checked configuration: `given` over the values of `preset`; None is the preset's."
+    "A validated configuration: `given` overrides the values of `preset`; None is the preset's."
     from scsa_book.training import tasks
 
     for name in given:
@@ -171,7 +174,7 @@ def configure(preset: str = "sample", **given) -> RunConfig:
 
 # %% ../../nbs/training/config.ipynb #eebcb1c7
 def check_names(config: RunConfig) -> None:
-    "ValueError for an attention that does not exist, or weights that are not there."
+    "ValueError for an unknown attention or missing weights."
     from scsa_book.attention import registry
     from scsa_book.training.tasks import check_weights
 
@@ -184,7 +187,7 @@ DECIDES_NETWORK = {
     *("task", "dataset", "network", "backbone", "network_options"),
     *("attention", "position", "options"),
 }
-FITTING: set[str] = set()  # what was built before and fitted: runs differ in the seed, too
+FITTING: set[str] = set()  # combinations that were built before: runs differ in the seed, too
 
 
 def check_network(config: RunConfig) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT', 'PROGRESS', 'run_of', 'plan', 'photographs', 'load_images', 'own_network', 'load_network', 'check_indices',
            'Classified', 'stored', 'store', 'forward_of', 'Outcome', 'device_of', 'evaluate', 'by_class',
-           'surest_mistakes', 'claims_of', 'about', 'save_evaluation']
+           'surest_mistakes', 'of_classifier', 'claims_of', 'about', 'save_evaluation']
 
 # %% ../../nbs/training/evaluate.ipynb #c432e0e0
 import os
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
+# %% ../../nbs/training/evaluate.ipynb #f3f96528
 from ..data.images import FolderImages, ImageDataset
 from ..data.loading import EpochSampler, good_workers, loader
 from ..networks import authors
@@ -109,7 +110,7 @@ def own_network(path: Path, run: RunResult, classes: int) -> nn.Module:
     network.load_state_dict(below("network.", state) or state)
     return network.eval()
 
-
+# %% ../../nbs/training/evaluate.ipynb #0391d6a0
 def load_network(evaluation: Evaluation, path: Path, run: RunResult | None, classes: int) -> nn.Module:
     "The network of an evaluation. `ValueError` if it has another number of classes than the images."
     if run:
@@ -198,7 +199,7 @@ def forward_of(evaluation: Evaluation, network: nn.Module, images, run, device) 
         return (lambda x, y: (task([i.to(device) for i in x]), y)), task.metrics.cpu()
     return (lambda x, y: (task(x.to(device)).argmax(1).cpu(), y)), task.metrics.cpu()
 
-
+# %% ../../nbs/training/evaluate.ipynb #c51feb4c
 @dataclass
 class Outcome:
     "What an evaluation leaves in memory."
@@ -264,6 +265,17 @@ def surest_mistakes(counted: Classified, count: int = 10) -> list[Mistake]:
         for i in order.tolist()
     ]  # fmt: skip
 
+# %% ../../nbs/training/evaluate.ipynb #6f0d8196
+def of_classifier(counted: Classified, classes: tuple[str, ...], indices: tuple[int, ...]) -> dict:
+    "What a result holds of a classifier besides its metrics."
+    hits = counted.hits()
+    right = {"top1": int(hits[:, 0].sum()), "top5": int(hits.any(1).sum())}
+    return {
+        "intervals": {name: wilson(k, len(hits)) for name, k in right.items()},
+        "right": by_class(counted, classes, indices),
+        "mistakes": surest_mistakes(counted),
+    }
+
 # %% ../../nbs/training/evaluate.ipynb #9c84c6f7
 def claims_of(evaluation: Evaluation, metrics: Mapping, intervals: Mapping, run, images) -> dict:
     "What was stated for these weights, and whether it is so."
@@ -300,16 +312,10 @@ def save_evaluation(
     run: RunResult | None = None,
     execution: Execution = Execution(),  # noqa: B008
 ) -> EvaluationResult:
-    "Write the result of an evaluation to its place, and return it."
+    "Write the result of an evaluation, and return it."
     metrics, total, more = done.counted.read(), len(images.test), {}
     if evaluation.task == "classify":
-        hits = done.counted.hits()
-        right = {"top1": int(hits[:, 0].sum()), "top5": int(hits.any(1).sum())}
-        more = {
-            "intervals": {name: wilson(k, total) for name, k in right.items()},
-            "right": by_class(done.counted, images.classes, evaluation.class_indices),
-            "mistakes": surest_mistakes(done.counted),
-        }
+        more = of_classifier(done.counted, images.classes, evaluation.class_indices)
     intervals = more.get("intervals", {})
     result = EvaluationResult(
         id=evaluation.id, config=evaluation, about=about(network, run), metrics=metrics, **more,

@@ -216,7 +216,7 @@ def fit(
         trainer.fit(task, data, ckpt_path=newest_checkpoint(folder))
         if len(history.epochs) < config.epochs:
             where = f"stopped after epoch {len(history.epochs)}"
-            raise RunInterrupted(f"{where}; the same call goes on from there")
+            raise RunInterrupted(f"{where}; the same call resumes there")
         keep_last(folder)
     return outcome(task, history, trainer)
 

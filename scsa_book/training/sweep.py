@@ -111,7 +111,7 @@ def job(
     execute: Callable,  # of the command line: (task, parameters, config, execution)
     attempt: int = 1,
 ) -> None:
-    "Make one run of a plan, unless it is finished by now."
+    "Execute one run of a plan, unless it is finished by now."
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     given, config = plan["runs"][run_id]["given"], RunConfig(**plan["runs"][run_id]["config"])
     execution = Execution(data_root=given.get("data_root"))
@@ -254,11 +254,11 @@ def status_line(folder: Path, config: RunConfig, words: Callable[[RunResult], st
 
 # %% ../../nbs/training/sweep.ipynb #42e76c26
 def follow(process, configs: list[RunConfig], folder: Path, words: Callable) -> None:
-    "Say of every run how it ended as soon as it did, until Snakemake leaves."
+    "Report how each run ended, as soon as it did, until Snakemake ends."
     waiting, over = {config.id: config for config in configs}, False
     with tqdm(total=len(configs), unit="run", disable=None, leave=False) as bar:
         while not over:
-            over = process.poll() is not None  # before the look, or the last ones would be missed
+            over = process.poll() is not None  # read first, or the last runs would be missed
             for config in list(waiting.values()):
                 if line := status_line(folder, config, words):
                     del waiting[config.id]
@@ -335,9 +335,9 @@ def sweep(
     profile: str | None = None,  # of a cluster; None: this machine
     dry_run: bool = False,
     data_root: Path | None = None,
-    words: Callable[[RunResult], str] = lambda result: result.id,  # on a finished run
+    words: Callable[[RunResult], str] = lambda result: result.id,  # message of a finished run
 ) -> None:
-    "Make all runs of some experiments that are not finished; SweepFailed names those that failed."
+    "Execute all unfinished runs of some experiments; SweepFailed names those that failed."
     chosen = list(range(seeds)) if seeds else None
     plan = [run for name in names for run in experiment(name).plan(preset, chosen)]
     todo = unfinished(plan, data_root)

@@ -56,20 +56,21 @@ def build_classifier(config, classes: int) -> nn.Module:
         raise ValueError("backbone and network_options are for detectors and segmentation networks")
     colours = images.facts(config.dataset).shape[0]
     network = build(config.network, classes, in_channels=colours)
-    if config.attention:
-        attend(network, config.attention, position=config.position, **config.options)
+    if config.attention or config.gain != 1:
+        placing = {"position": config.position, "gain": config.gain}
+        attend(network, config.attention, **placing, **config.options)
     return network
 
 # %% ../../nbs/training/tasks.ipynb #d23f27b2
 def sizes_of(config) -> tuple[list[int], int]:
     "The short sides and the longest side to which a detector scales its images."
-    told, default = config.network_options, inspect.signature(build_detector).parameters
-    shortest, longest = (told.get(n, default[n].default) for n in ("min_size", "max_size"))
+    given, default = config.network_options, inspect.signature(build_detector).parameters
+    shortest, longest = (given.get(n, default[n].default) for n in ("min_size", "max_size"))
     return list(shortest) if isinstance(shortest, list | tuple) else [shortest], longest
 
 # %% ../../nbs/training/tasks.ipynb #43306428
 def load_detection(config, root: Path | None) -> detection.DetectionDataset:
-    "Pictures with boxes, and with masks for Mask R-CNN."
+    "Images with boxes, and with masks for Mask R-CNN."
     limits = (config.train_images, config.test_images)
     masks, scaled = config.network == "mask_rcnn", sizes_of(config)
     options = config.data_options
@@ -80,7 +81,8 @@ def with_attention(config) -> dict:
     "The arguments of a builder for the backbone and its attention."
     named = {"backbone": config.backbone} if config.backbone else {}
     placing = {"attention": config.attention, "position": config.position}
-    return {**named, **placing, "options": config.options, **config.network_options}
+    options = config.options | ({} if config.gain == 1 else {"gain": config.gain})
+    return {**named, **placing, "options": options, **config.network_options}
 
 # %% ../../nbs/training/tasks.ipynb #ca5a7306
 def build_detection(config, classes: int) -> nn.Module:
@@ -166,14 +168,14 @@ CHOOSE = "Name the network that it belongs to (network=, or backbone=), or weigh
 
 
 def check_weights(name: str, source: str | None) -> None:
-    "ValueError unless a run can begin with weights from `source`; of a file only the kind is looked at."
+    "ValueError unless `source` gives initial weights; of a file only its kind is checked."
     if source == "imagenet":
         try:
             models.get_model_weights(name)
         except ValueError:
             raise ValueError(f"weights='imagenet': torchvision has none for {name}") from None
     elif source and not Path(source).expanduser().exists():
-        raise ValueError(f"weights={source!r} is no file, and not 'imagenet'")
+        raise ValueError(f"weights={source!r} is neither a file nor 'imagenet'")
     elif source:
         kind_of(Path(source).expanduser())
 
@@ -210,6 +212,6 @@ def build_network(config, classes: int) -> nn.Module:
     torch.manual_seed(config.seed)
     network = kind.build(config, classes)
     on_meta = any(p.is_meta for p in network.parameters())
-    if config.weights and not on_meta:  # where there are only shapes there is nothing to load
+    if config.weights and not on_meta:  # with shapes only there is nothing to load
         load_weights(kind.body(network), config.backbone or config.network, config.weights)
     return network
