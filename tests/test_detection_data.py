@@ -367,11 +367,7 @@ def test_missing_files_of_visdrone_are_named(tmp_path):
     with pytest.raises(DataError, match="no folder `images`"):
         ann.read_visdrone(folder / "nowhere", "train")
     (folder / "images/a.jpg").unlink()
-<<<<<<< HEAD
-    with pytest.raises(DataError, match="no images in the half 'train'"):
-=======
     with pytest.raises(DataError, match="no images in the split 'train'"):
->>>>>>> main
         ann.read_visdrone(folder, "train")
 
 
