@@ -222,7 +222,7 @@ def test_ordinary_tensors_get_the_form_of_their_device(case):
 
 
 @CASE
-def test_the_written_form_runs_wherever_something_looks_on(case):
+def test_the_written_form_runs_wherever_something_records(case):
     seen, ask, (x, *rest) = probe(case)
     def ask_lists(*tensors):
         left = iter(tensors)

@@ -21,7 +21,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("words.yml")
 KINDS = {".ipynb", ".py", ".yml", ".yaml", ".md", ".cff", ".ini", ".toml", ".csv"}
-# The list itself and its style sheet (checked on its own), the tables of old names, and what other people wrote.
+# The list itself, the tables of old names, and what other people wrote.
 SKIPPED = re.compile(
     r"(^|/)(words\.(yml|py)|(test_)?renamed\.(csv|ipynb|py)|test_words\.py|_modidx\.py)$|(^|/)data/[^/]+/[A-Z].*/"
 )

@@ -1,10 +1,10 @@
 """What a reader sees of a notebook: Quarto sends its JSON to stdin and shows what comes back on stdout.
 
 Drops what only nbdev reads, puts a bar with its module over an exported cell, merges the parameters of an
-executed run, lifts `# Title` and `> one line` into front matter, opens our callouts, links the first use of a
-term to the glossary, and lets SVG figures follow the page's colours. A page that reads result files is shown
-as the build executed it. preview.py and readme.py call `clean` too. Standard library only: Quarto may start it
-with any Python.
+executed run, lifts `# Title` and `> one line` into front matter, opens our callouts, links the first use of
+a term to the glossary, and lets SVG figures follow the page's colours. A page that reads result files is
+shown as the build executed it. preview.py and readme.py call `clean` too. Standard library only: Quarto may
+start it with any Python.
 """
 
 import ast
@@ -31,7 +31,7 @@ DIRECTIVE = re.compile(r"#\|\s?(.*?)\s*$")
 CALLOUT = re.compile(rf"^(:{{3,}})\s*\{{\.({'|'.join(CALLOUTS)})\b([^}}]*)\}}\s*$", re.M)
 HEAD = re.compile(r"\A\s*# +(?P<title>[^\n]+)\n*(?P<quote>(?:>[^\n]*(?:\n|\Z))+)?\s*(?P<rest>.*)\Z", re.S)
 GLOSSARY = Path("nbs/foundations/glossary.ipynb")
-# Not linked: what is in code, formulas, links, citations, tags, headings, tables, captions, quotes and fences.
+# Not linked: code, formulas, links, citations, tags, headings, tables, captions, quotes and fences.
 PROTECTED = re.compile(
     r"```.*?```|`[^`\n]*`|\$\$.*?\$\$(?:\s*\{[^}\n]*\})?|\$(?:[^$\n]|\n(?!\n))+\$|!?\[[^\]]*\](?:\([^)]*\)|\{[^}]*\})?|@[\w:-]+"
     r"|<[^>\n]+>|https?://\S+|^(?:#|\||:|>)[^\n]*$",
