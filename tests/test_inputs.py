@@ -211,6 +211,8 @@ def rle(counts):
         ({"images__id": 2**63}, "id is 9223372036854775808, neither"),
         ({"images__id": True}, "id is True, neither"),
         ({"images__height": 0}, "height is 0.* and no number of pixels: .*image 7"),
+        ({"images__height": 2**40}, "height is 1099511627776.* and no number of pixels"),
+        ({"images__height": 2**20, "images__width": 2**20}, "pixels are more than can be decoded: .*image 7"),
         ({"images__width": 12.5}, "width is 12.5 and no number of pixels"),
         ({"images__file_name": 5}, "file_name is 5 and no name"),
         ({"categories__id": 2}, "category id 2 twice: 'cup' and 'fork'"),

@@ -163,7 +163,7 @@ def test_data_that_goes_away_in_mid_epoch_is_said_and_the_run_goes_on(workers, b
 
     with monkeypatch.context() as patch:
         patch.setattr(kind, "training_step", until_the_disk_is_gone)
-        said = r"^cannot reach \d.png \(No such file or directory\): .*birds.*put the data back.*goes on"
+        said = r"^cannot reach \d.png \(No such file or directory\): .*birds.*restore the data.*resumes"
         with pytest.raises(DataError, match=said):
             train(config, here)
     away.rename(birds)

@@ -282,7 +282,7 @@ def test_a_compiled_network_keeps_its_names_and_can_be_looked_into(where, monkey
     assert list(done.network.state_dict()) == list(build_network(config, 10).state_dict())
     x = done.task.normalise(dataset_of(config).test.images[:2])
     assert {name: maps["channel"].shape[0] for name, maps in maps_of(done.network, x).items()} == {
-        f"layer{i}.0.bn2.attention": 2 for i in (1, 2, 3)
+        f"layer{i}.0.attention.after_conv2": 2 for i in (1, 2, 3)
     }
 
 
