@@ -18,6 +18,7 @@ from scsa_book import cli
 from scsa_book.paths import KEEP_MEMORY
 from scsa_book.training.config import Execution, RunConfig, configure
 from scsa_book.training.result import load_result
+from scsa_book.training.tasks import TASKS
 
 TINY = {"train_images": 128, "test_images": 30, "batch_size": 32, "epochs": 1, "warmup_epochs": 0}
 EXPERIMENTS = """
@@ -315,7 +316,7 @@ def test_help_needs_nothing_heavy():
 # ---- the run notebooks
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs" / "runs").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [ROOT / "nbs" / "runs" / f"{task}.ipynb" for task in TASKS], ids=list(TASKS))
 def test_a_run_notebook_has_a_parameter_for_every_setting(path):
     cells = json.loads(path.read_text())["cells"]
     source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))

@@ -130,7 +130,7 @@ def test_cells_are_short(path):
             group.append(lines_of(body))
     assert statistics.median(plain) <= 4
     assert sorted(plain)[int(0.9 * (len(plain) - 1))] <= 12
-    assert max(exported) <= 25
+    assert max(exported) <= 36  # a class with its docstring, signature and forward: one screen
 
 
 def test_every_citation_is_in_the_bibliography():

@@ -158,7 +158,7 @@ def text_of(path: Path, remedy: str) -> str:
         raise DataError(what, path.parent, "Check its permissions.") from None
 
 # %% ../../nbs/training/annotations.ipynb #cd1d5307
-def check_images_exist(annotations: Annotations, remedy: str) -> Annotations:
+def check_images_exist(annotations: Annotations, source: Path, remedy: str) -> Annotations:
     "`annotations`, after checking that there are images, and that each is on disk."
     missing = [p.file for p in annotations.images if not os.path.isfile(p.file)]
     if missing:
@@ -166,7 +166,7 @@ def check_images_exist(annotations: Annotations, remedy: str) -> Annotations:
         what = f"{of_all}, first {missing[0].name}"
         raise DataError(what, missing[0].parent, remedy)
     if not annotations.images:
-        raise DataError(f"no images in the split {annotations.split!r}", "the annotations", remedy)
+        raise DataError(f"no images in the split {annotations.split!r}", source, remedy)
     files = ((os.path.normpath(p.file), f"image {p.image_id}") for p in annotations.images)
     unique(files, "the file", f"the split {annotations.split!r}")
     return annotations
@@ -424,7 +424,8 @@ def read_coco(
         images.append(annotated_image(folder / image.name, image.size, image_id, objects, notes))
     if unused:
         notes.append(f"{file}: {unused} annotations of classes that are not used left out")
-    return check_images_exist(Annotations(split, names, tuple(images), tuple(notes)), COCO_REMEDY)
+    found = Annotations(split, names, tuple(images), tuple(notes))
+    return check_images_exist(found, file, COCO_REMEDY)
 
 # %% ../../nbs/training/annotations.ipynb #dcbebce0
 def fill(outline: list | dict, height: int, width: int) -> np.ndarray:
@@ -505,7 +506,7 @@ def read_voc(
         image = folder / "JPEGImages" / f"{name}.jpg"
         images.append(annotated_image(image, (height, width), image_id, found, notes))
     annotations = Annotations(split, tuple(classes), tuple(images), tuple(notes))
-    return check_images_exist(annotations, VOC_REMEDY)
+    return check_images_exist(annotations, folder, VOC_REMEDY)
 
 # %% ../../nbs/training/annotations.ipynb #b4f958a9
 VISDRONE_REMEDY = (
@@ -568,7 +569,7 @@ def read_visdrone(folder: Path, split: str) -> Annotations:
         within_turned(image, size, found)
         images.append(annotated_image(image, size, image_id, found, notes))
     annotations = Annotations(split, VISDRONE_CLASSES, tuple(images), tuple(notes))
-    return check_images_exist(annotations, VISDRONE_REMEDY)
+    return check_images_exist(annotations, folder, VISDRONE_REMEDY)
 
 # %% ../../nbs/training/annotations.ipynb #d22bc4f5
 EXDARK_REMEDY = (
@@ -634,7 +635,7 @@ def read_exdark(folder: Path, splits: Sequence[str] = ("train", "val")) -> Annot
         within_turned(image, size, found)
         images.append(annotated_image(image, size, image_id, found, notes))
     annotations = Annotations("+".join(splits), EXDARK_CLASSES, tuple(images), tuple(notes))
-    return check_images_exist(annotations, EXDARK_REMEDY)
+    return check_images_exist(annotations, folder, EXDARK_REMEDY)
 
 # %% ../../nbs/training/annotations.ipynb #19d23ca9
 FLIR_REMEDY = (

@@ -317,7 +317,8 @@ NORMS = ("batch", "fixed", "frozen")
 
 def _check_names(name: str, layout: str, norm: str, settings: Mapping) -> None:
     typed = checked(detector_options(name), settings, f"setting of {name}")
-    if wrong := [key for key in settings if repr(typed[key]) != repr(settings[key])]:
+    given = {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
+    if wrong := [key for key in given if repr(typed[key]) != repr(given[key])]:
         raise ValueError(f"{wrong[0]}={settings[wrong[0]]!r} must be {typed[wrong[0]]!r}")
     check_choice("build_detector", LAYOUTS, layout=layout)
     check_choice("build_detector", NORMS, norm=norm)
