@@ -119,6 +119,10 @@ def lines_of(body):
     return len(lines)
 
 
+# Each has one class that is still to be split; no other page may be longer than the rule.
+LONG_CLASSES = {"nbs/networks/blocks.ipynb": 36, "nbs/see/gate-variance.ipynb": 36}
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
 def test_cells_are_short(path):
     plain, exported = [0], [0]
@@ -130,7 +134,7 @@ def test_cells_are_short(path):
             group.append(lines_of(body))
     assert statistics.median(plain) <= 4
     assert sorted(plain)[int(0.9 * (len(plain) - 1))] <= 12
-    assert max(exported) <= 36  # a class with its docstring, signature and forward: one screen
+    assert max(exported) <= LONG_CLASSES.get(name_of(path), 25)
 
 
 def test_every_citation_is_in_the_bibliography():
