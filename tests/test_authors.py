@@ -42,7 +42,7 @@ def loaded(name):
 
 
 def image(name):
-    return formula.image(24, 512) if name == "danet_head" else formula.image(SIDES.get(name, 96))
+    return formula.picture(24, 512) if name == "danet_head" else formula.picture(SIDES.get(name, 96))
 
 
 def apart(a, b):
@@ -81,7 +81,7 @@ def test_outputs_in_double_precision_are_those_of_the_authors(name):
     with torch.no_grad():
         assert apart(network(image(name).double())[0], r["y64"]) <= 1e-12
         if "y224" in r:
-            assert apart(network.float()(formula.image(224))[0], r["y224"]) <= 1e-5
+            assert apart(network.float()(formula.picture(224))[0], r["y224"]) <= 1e-5
 
 
 # --- timm
