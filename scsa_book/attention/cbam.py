@@ -21,16 +21,16 @@ from scsa_book.attention.base import (
     check_odd,
     check_positive,
 )
-from ..operators.extremes import gated_extremes
+from ..operators.extremes import gated_extremes, mean_and_maximum
 from ..operators.gating import gate_in_turn
 from ..operators.pooling import channel_average, channel_maximum
 from ..operators.pooling import global_average, global_maximum
 
 # %% ../../nbs/hybrid/cbam.ipynb #ada2695f
-CHANNEL_POOLS = {
-    "both": (global_average, global_maximum),
-    "average": (global_average,),
-    "maximum": (global_maximum,),
+CHANNEL_POOLS = {  # a map -> its descriptors, (B, C, 1, 1) each
+    "both": mean_and_maximum,
+    "average": lambda x: (global_average(x),),
+    "maximum": lambda x: (global_maximum(x),),
 }
 
 # %% ../../nbs/hybrid/cbam.ipynb #dd37428c
@@ -49,13 +49,13 @@ class ChannelLogits(nn.Module):
         super().__init__()
         check_positive("CBAM", reduction=reduction, min_hidden=min_hidden)
         check_choice("CBAM", CHANNEL_POOLS, channel_pool=pool)
-        self.pools = CHANNEL_POOLS[pool]
+        self.pool = pool
         hidden = max(channels // reduction, min_hidden)
         self.reduce = nn.Linear(channels, hidden, bias, **kw)
         self.expand = nn.Linear(hidden, channels, bias, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
-        squeezed = [pool(x).flatten(1) for pool in self.pools]
+        squeezed = [z.flatten(1) for z in CHANNEL_POOLS[self.pool](x)]
         logits = sum(self.expand(self.reduce(z).relu()) for z in squeezed)
         return logits[:, :, None, None]
 

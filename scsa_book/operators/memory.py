@@ -43,5 +43,5 @@ def pieces(
     if all(t.is_contiguous() for t in tensors):
         n = max(1, numbers // (x.shape[2] * x.shape[3]))
         return zip(*(t.flatten(0, 1).split(n) for t in tensors), strict=True)
-    n = max(1, 4 * numbers // x[0].numel())  # long stretches: nothing is gained by few
+    n = max(1, numbers // x[0].numel())
     return zip(*(t.split(n) for t in tensors), strict=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'MAX_THREADS', 'LARGE', 'FAR', 'strip_means', 'strip_average', 'mean_over', 'strip_sums', 'last_mean',
-           'fits_embedding_bag', 'embedding_bag_rows', 'far', 'image_by_image', 'strip_means_cpu']
+           'fits_embedding_bag', 'embedding_bag_rows', 'far', 'image_by_image', 'channels_together', 'strip_means_cpu']
 
 # %% ../../nbs/operators/strips.ipynb #32b0470c
 import torch
@@ -96,11 +96,22 @@ def image_by_image(x: Tensor) -> tuple[Tensor, Tensor]:
         torch.sum(image, 1, out=column)
     return rows.div_(x.shape[3]), columns.div_(x.shape[2])
 
+# %% ../../nbs/operators/strips.ipynb #658326a9
+def channels_together(x: Tensor) -> tuple[Tensor, Tensor]:
+    "Both means of a map whose channels are side by side, as theirs are."
+    u = x.permute(0, 2, 3, 1)
+    if not fits_embedding_bag(u):
+        return strip_sums(x)
+    rows = embedding_bag_rows(u, u.shape[2])[:, :, 0]
+    columns = embedding_bag_rows(u.flatten(2)[:, None], u.shape[1]).view(-1, *u.shape[2:])
+    return rows.mT, columns.mT
+
+
 # %% ../../nbs/operators/strips.ipynb #efb710ba
 @strip_means.on("cpu", composed=strip_sums, fake=strip_sums)
 def strip_means_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
     if is_channels_last(x):
-        return strip_sums(x)
+        return channels_together(x)
     if far(x):
         return image_by_image(x)
     if fits_embedding_bag(x):
