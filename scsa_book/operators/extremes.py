@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .choice import operator
-from .memory import CACHED
+from .memory import FAR
 
 # %% ../../nbs/operators/extremes.ipynb #5f722370
 @operator
@@ -72,7 +72,7 @@ def mean_and_maximum(
 # %% ../../nbs/operators/extremes.ipynb #28574dcb
 @mean_and_maximum.on("cpu", composed=mean_and_maximum.written)
 def mean_and_maximum_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.numel() <= CACHED:
+    if x.numel() <= FAR:
         return mean_and_maximum.written(x)
     means, largest = (x.new_empty(*x.shape[:2], 1, 1) for _ in range(2))
     for image, mean, maximum in zip(x, means, largest, strict=True):
