@@ -2512,6 +2512,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'scsa_book/operators/gating.py'),
                                             'scsa_book.operators.gating.gate_sum_gradient': ( 'operators/gating.html#gate_sum_gradient',
                                                                                               'scsa_book/operators/gating.py'),
+                                            'scsa_book.operators.gating.image_pieces': ( 'operators/gating.html#image_pieces',
+                                                                                         'scsa_book/operators/gating.py'),
                                             'scsa_book.operators.gating.product_gradient': ( 'operators/gating.html#product_gradient',
                                                                                              'scsa_book/operators/gating.py'),
                                             'scsa_book.operators.gating.row_sums': ( 'operators/gating.html#row_sums',

@@ -48,7 +48,7 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
     biases = [torch.randn(C // 4, dtype=dtype) for _ in range(4)]
     factors, shifts = ([torch.randn(*s, dtype=dtype) for _ in range(3)] for s in ((C, 1, 1, 1), (C,)))
     kernel, bias, shares = (torch.randn(s, dtype=dtype) for s in ((C, C, 3, 3), (C,), (C,)))
-    halves = [torch.rand(B, C // 2, *s, dtype=dtype) for s in ((1, 1), (H, W))]
+    sub_gates = [torch.rand(B, C // 2, *s, dtype=dtype) for s in ((1, 1), (H, W))]
     return {
         "strip_means": (strips.strip_means, (x,)),
         "window_means": (windows.window_means, (x, 7, 4)),
@@ -69,8 +69,8 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
             (g[:, :2].contiguous(), x, s_c),
         ),
         "mean_and_maximum": (extremes.mean_and_maximum, (x,)),
-        "gate_and_shuffle": (shuffle.gate_and_shuffle, (x, *halves, C // 4, 2)),
-        "gate_and_shuffle_odd": (shuffle.gate_and_shuffle, (x, *halves, 1, 2)),
+        "gate_and_shuffle": (shuffle.gate_and_shuffle, (x, *sub_gates, C // 4, 2)),
+        "gate_and_shuffle_odd": (shuffle.gate_and_shuffle, (x, *sub_gates, 1, 2)),
         "similarity_gates": (
             group_statistics.similarity_gates,
             (x.unflatten(1, (4, C // 4)), *torch.randn(2, 4, 1, 1, dtype=dtype), 1e-5),

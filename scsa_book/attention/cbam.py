@@ -27,10 +27,10 @@ from ..operators.pooling import channel_average, channel_maximum
 from ..operators.pooling import global_average, global_maximum
 
 # %% ../../nbs/hybrid/cbam.ipynb #ada2695f
-CHANNEL_POOLS = {  # a map -> its descriptors, (B, C, 1, 1) each
-    "both": mean_and_maximum,
-    "average": lambda x: (global_average(x),),
-    "maximum": lambda x: (global_maximum(x),),
+CHANNEL_POOLS = {
+    "both": (global_average, global_maximum),
+    "average": (global_average,),
+    "maximum": (global_maximum,),
 }
 
 # %% ../../nbs/hybrid/cbam.ipynb #dd37428c
@@ -49,14 +49,15 @@ class ChannelLogits(nn.Module):
         super().__init__()
         check_positive("CBAM", reduction=reduction, min_hidden=min_hidden)
         check_choice("CBAM", CHANNEL_POOLS, channel_pool=pool)
-        self.pool = pool
+        self.pools = CHANNEL_POOLS[pool]
         hidden = max(channels // reduction, min_hidden)
         self.reduce = nn.Linear(channels, hidden, bias, **kw)
         self.expand = nn.Linear(hidden, channels, bias, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
-        squeezed = [z.flatten(1) for z in CHANNEL_POOLS[self.pool](x)]
-        logits = sum(self.expand(self.reduce(z).relu()) for z in squeezed)
+        one = len(self.pools) == 1
+        squeezed = [self.pools[0](x)] if one else mean_and_maximum(x)
+        logits = sum(self.expand(self.reduce(z.flatten(1)).relu()) for z in squeezed)
         return logits[:, :, None, None]
 
 # %% ../../nbs/hybrid/cbam.ipynb #c50b9aab

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['gate_axes', 'product_gradient', 'gate_axes_gradient', 'gate_axes_cpu', 'row_sums', 'column_sums',
-           'gate_axes_gradient_cpu', 'gate_in_turn', 'gate_in_turn_gradient', 'channels_at_a_time', 'gate_in_turn_cpu',
-           'gate_in_turn_gradient_cpu', 'gate_sum', 'gate_sum_gradient', 'gate_sum_cpu']
+           'gate_axes_gradient_cpu', 'gate_in_turn', 'gate_in_turn_gradient', 'channels_at_a_time', 'image_pieces',
+           'gate_in_turn_cpu', 'gate_in_turn_gradient_cpu', 'gate_sum', 'gate_sum_gradient', 'gate_sum_cpu']
 
 # %% ../../nbs/operators/gating.ipynb #c864a057
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -112,15 +114,25 @@ def channels_at_a_time(x: Tensor) -> int:
     return x.shape[1] if is_channels_last(x) else max(1, CACHED // (x.shape[2] * x.shape[3]))
 
 
+def image_pieces(
+    maps: Sequence[Tensor],  # (B, C, ...) each
+    positions: Sequence[Tensor],  # (B, 1, H, W) each
+) -> Iterator[tuple[Tensor, ...]]:  # (n, ...) of each map, (1, H, W) of the others
+    "Some channels of one image at a time."
+    n = channels_at_a_time(maps[0])
+    for image in zip(*maps, *positions, strict=True):
+        parts = (t.split(n) for t in image[: len(maps)])
+        for part in zip(*parts, strict=True):
+            yield *part, *image[len(maps) :]
+
+# %% ../../nbs/operators/gating.ipynb #39a8ade3
 @gate_in_turn.on("cpu", gradient=gate_in_turn_gradient)
 def gate_in_turn_cpu(x: Tensor, s_c: Tensor, s_p: Tensor) -> Tensor:
     if x.numel() <= CACHED:
         return torch.mul(x, s_c).mul_(s_p)
-    y, n = torch.empty_like(x), channels_at_a_time(x)
-    for image, gates, position, target in zip(x, s_c, s_p, y, strict=True):
-        parts = zip(image.split(n), gates.split(n), target.split(n), strict=True)
-        for part, gate, to in parts:
-            torch.mul(part, gate, out=to).mul_(position)
+    y = torch.empty_like(x)
+    for part, gate, to, position in image_pieces((x, s_c, y), (s_p,)):
+        torch.mul(part, gate, out=to).mul_(position)
     return y
 
 
@@ -128,16 +140,14 @@ def gate_in_turn_cpu(x: Tensor, s_c: Tensor, s_p: Tensor) -> Tensor:
 def gate_in_turn_gradient_cpu(
     g: Tensor, x: Tensor, s_c: Tensor, s_p: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    to = [torch.empty_like(t) for t in (x, s_c, s_p)]
-    to[2].zero_()
-    n = channels_at_a_time(x)
-    for *image, p, to_p in zip(g, x, s_c, *to[:2], s_p, to[2], strict=True):
-        for u, v, c, to_x, to_c in zip(*(t.split(n) for t in image), strict=True):
-            torch.mul(u, v, out=to_x)
-            to_p += (to_x * c).sum(0)
-            to_c.copy_(to_x.mul_(p).sum((1, 2), keepdim=True))
-            torch.mul(u, c, out=to_x).mul_(p)
-    return tuple(to)
+    *to, to_p = (torch.empty_like(t) for t in (x, s_c, s_p))
+    to_p.zero_()
+    for u, v, c, to_x, to_c, p, sums in image_pieces((g, x, s_c, *to), (s_p, to_p)):
+        torch.mul(u, v, out=to_x)
+        sums += (to_x * c).sum(0)
+        to_c.copy_(to_x.mul_(p).sum((1, 2), keepdim=True))
+        torch.mul(u, c, out=to_x).mul_(p)
+    return *to, to_p
 
 # %% ../../nbs/operators/gating.ipynb #3b6d25f8
 @operator
@@ -160,9 +170,7 @@ def gate_sum_gradient(
 
 @gate_sum.on("cpu", gradient=gate_sum_gradient)
 def gate_sum_cpu(x: Tensor, s_c: Tensor, s_p: Tensor) -> Tensor:
-    y, n = torch.empty_like(x), channels_at_a_time(x)
-    for image, gates, position, target in zip(x, s_c, s_p, y, strict=True):
-        parts = zip(image.split(n), gates.split(n), target.split(n), strict=True)
-        for part, gate, to in parts:
-            torch.mul(part, gate, out=to).addcmul_(part, position)
+    y = torch.empty_like(x)
+    for part, gate, to, position in image_pieces((x, s_c, y), (s_p,)):
+        torch.mul(part, gate, out=to).addcmul_(part, position)
     return y

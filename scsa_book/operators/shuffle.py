@@ -45,9 +45,10 @@ def gate_and_shuffle(
 ) -> Tensor:  # (B, C, H, W)
     "The sub-features of all groups times their gates, concatenated and shuffled."
     width = x.shape[1] // (2 * groups)
-    halves = x.unflatten(1, (groups, 2, width)).unbind(2)
+    sub_features = x.unflatten(1, (groups, 2, width)).unbind(2)
     gates = (s.unflatten(1, (groups, width)) for s in (s_c, s_p))
-    return concat_and_shuffle([u * s for u, s in zip(halves, gates, strict=True)], shuffle_groups)
+    products = [u * s for u, s in zip(sub_features, gates, strict=True)]
+    return concat_and_shuffle(products, shuffle_groups)
 
 # %% ../../nbs/operators/shuffle.ipynb #e6fd49bb
 @gate_and_shuffle.on("cpu", composed=gate_and_shuffle.written)
@@ -58,9 +59,9 @@ def gate_and_shuffle_cpu(
         return gate_and_shuffle.written(x, s_c, s_p, groups, shuffle_groups)
     along, width = (shuffle_groups, groups // shuffle_groups), x.shape[1] // (2 * groups)
     y = x.new_empty(x.shape)
-    places = y.unflatten(1, (x.shape[1] // shuffle_groups, shuffle_groups)).transpose(1, 2)
-    places = places.unflatten(2, (along[1], 2, width)).unbind(3)
-    halves = x.unflatten(1, (*along, 2, width)).unbind(3)
-    for half, s, place in zip(halves, (s_c, s_p), places, strict=True):
-        torch.mul(half, s.unflatten(1, (*along, width)), out=place)
+    targets = y.unflatten(1, (x.shape[1] // shuffle_groups, shuffle_groups)).transpose(1, 2)
+    targets = targets.unflatten(2, (along[1], 2, width)).unbind(3)
+    sub_features = x.unflatten(1, (*along, 2, width)).unbind(3)
+    for part, s, target in zip(sub_features, (s_c, s_p), targets, strict=True):
+        torch.mul(part, s.unflatten(1, (*along, width)), out=target)
     return y
