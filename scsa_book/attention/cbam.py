@@ -21,8 +21,9 @@ from scsa_book.attention.base import (
     check_odd,
     check_positive,
 )
-from ..operators.extremes import gated_extremes, mean_and_maximum
+from ..operators.extremes import gated_extremes
 from ..operators.gating import gate_in_turn
+from ..operators.mean_and_maximum import mean_and_maximum
 from ..operators.pooling import channel_average, channel_maximum
 from ..operators.pooling import global_average, global_maximum
 

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'gated_extremes', 'shared_ties', 'gated_extremes_gradient', 'gated_extremes_cpu',
-           'gated_extremes_gradient_cpu', 'mean_and_maximum', 'mean_and_maximum_cpu']
+           'gated_extremes_gradient_cpu']
 
 # %% ../../nbs/operators/extremes.ipynb #13cd6f5d
 import torch
 from torch import Tensor
 
 from .choice import operator
-from .memory import FAR
 
 # %% ../../nbs/operators/extremes.ipynb #5f722370
 @operator
@@ -60,22 +59,3 @@ def gated_extremes_gradient_cpu(g: Tensor, x: Tensor, s_c: Tensor) -> tuple[Tens
     images = zip(*(t.split(1) for t in (g, x, s_c)), strict=True)
     found = [gated_extremes_gradient.written(*image) for image in images]
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-
-# %% ../../nbs/operators/extremes.ipynb #08fe5f84
-@operator
-def mean_and_maximum(
-    x: Tensor,  # (B, C, H, W)
-) -> tuple[Tensor, Tensor]:  # (B, C, 1, 1) each
-    "Mean and maximum of every channel over its positions; ties share the gradient."
-    return x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-
-# %% ../../nbs/operators/extremes.ipynb #28574dcb
-@mean_and_maximum.on("cpu", composed=mean_and_maximum.written)
-def mean_and_maximum_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.numel() <= FAR:
-        return mean_and_maximum.written(x)
-    means, largest = (x.new_empty(*x.shape[:2], 1, 1) for _ in range(2))
-    for image, mean, maximum in zip(x, means, largest, strict=True):
-        torch.mean(image, (1, 2), keepdim=True, out=mean)
-        torch.amax(image, (1, 2), keepdim=True, out=maximum)
-    return means, largest
