@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .choice import operator
-from .memory import CACHED, is_channels_last, laid_as, pieces
+from .memory import CACHED, OF_SEVERAL, is_channels_last, laid_as, pieces
 
 # %% ../../nbs/operators/gating.ipynb #8782ad05
 @operator
@@ -111,7 +111,7 @@ def gate_in_turn_gradient(
 # %% ../../nbs/operators/gating.ipynb #c6d205ae
 def channels_at_a_time(x: Tensor) -> int:
     "How many channels of an image a cache holds; all, where they are side by side."
-    return x.shape[1] if is_channels_last(x) else max(1, CACHED // (x.shape[2] * x.shape[3]))
+    return x.shape[1] if is_channels_last(x) else max(1, OF_SEVERAL // (x.shape[2] * x.shape[3]))
 
 
 def image_pieces(
