@@ -91,7 +91,7 @@ def load_kept(path: Path | str) -> Kept:
     network.load_state_dict(read_weights(path))
     return Kept(network.eval(), classes, run)
 
-
+# %% ../../nbs/training/keep.ipynb #10365cde
 def kept_networks() -> list[Path]:
     "The files of the networks that come with the book."
     return sorted(embedded("networks").glob("*.safetensors"))
