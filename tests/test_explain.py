@@ -9,7 +9,10 @@ from scsa_book.explain.faithfulness import blurred, curves, randomised, ranking
 from scsa_book.explain.gates import GateMoments, fold, gates_of
 from scsa_book.explain.initial_gain import initial_gain
 from scsa_book.explain.localisation import auroc, energy_inside, paired_claim, points_inside
+from scsa_book.explain.mechanisms import fact
 from scsa_book.explain.receptive_field import contributions, side_length
+from scsa_book.networks.build import build
+from scsa_book.networks.placement import attend
 
 
 def test_auroc_is_that_of_scikit_learn():
@@ -74,8 +77,39 @@ def test_a_gate_of_constants_has_no_image_share_and_folds_to_itself():
             nn.init.normal_(parameter)
     network, x = nn.Sequential(nn.Conv2d(3, 8, 3), attention), torch.randn(5, 3, 9, 9)
     before, moments = network(x), gates_of(network, x.split(2))
-    assert moments["1"].shares().image == pytest.approx(0, abs=1e-12)
+    assert moments["1"]["channel"].shares().image == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(fold(network, moments)(x), before)
+
+
+def a_network(name, **options):
+    "ResNet-8 with a mechanism before the last convolution, in evaluation mode."
+    torch.manual_seed(0)
+    return attend(build("resnet8", 10), name, position="before_last_conv", **options).eval()
+
+
+GATED = [name for name in registry.names() if fact(name).gates]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gates_of_one_image_fold_to_the_network_itself(name):
+    "The mean over one image is its own gate, whatever a mechanism does with its factors."
+    narrow = {"sa": {"groups": 8}, "sge": {"groups": 8}, "ema": {"factor": 8}}
+    network = a_network(name, **narrow.get(name, {}))
+    x = torch.randn(1, 3, 16, 16)
+    before = network(x)
+    torch.testing.assert_close(fold(network, gates_of(network, [x]))(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mechanism_inside_another_is_a_part_of_it():
+    assert [sorted(found) for found in gates_of(a_network("scsa"), [torch.randn(2, 3, 16, 16)]).values()] == [
+        ["channel", "height", "width"]
+    ] * 3
+
+
+def test_folded_attention_keeps_its_gain():
+    network, x = a_network("se", gain=3.0), torch.randn(1, 3, 16, 16)
+    before = network(x)
+    torch.testing.assert_close(fold(network, gates_of(network, [x]))(x), before, rtol=1e-4, atol=1e-5)
 
 
 def test_gates_of_restores_the_mode_and_removes_its_hooks():
