@@ -20,6 +20,7 @@ from ..networks.placement import attend, load_stock
 from ..networks.weights_file import read_weights
 from ..paths import embedded
 from .evaluate import own_network, run_of
+from .result import RunResult
 
 # %% ../../nbs/see/networks.ipynb #3be63203
 @dataclass(frozen=True)
@@ -31,7 +32,11 @@ class Trained:
     mean: tuple[float, ...]  # of each channel, of images in [0, 1]
     std: tuple[float, ...]
     attention: str | None = None  # mechanism of the registry
-    dataset: str | None = None  # that it was trained on; None: random weights, or not known
+    run: RunResult | None = None  # that made it; None: random weights, or a file from elsewhere
+
+    @property
+    def dataset(self) -> str | None:
+        return self.run and self.run.config.dataset
 
     def prepare(self, x: Tensor) -> Tensor:  # (B, 3, H, W) or (B, 1, H, W) in [0, 1]
         "Normalised images of as many channels as the network takes."
@@ -57,7 +62,7 @@ def from_file(
         known = images.facts(config.dataset)
         classes = classes_in(read_weights(path)) or known.classes
         network = own_network(path, run, classes)
-        return Trained(path.stem, network, known.mean, known.std, config.attention, config.dataset)
+        return Trained(path.stem, network, known.mean, known.std, config.attention, run)
     network, known = authors.load(path, name).eval(), images.IMAGENET
     return Trained(path.stem, network, known.mean, known.std, authors.info(network.report.name).attention)
 
