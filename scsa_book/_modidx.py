@@ -3161,11 +3161,9 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'scsa_book/training/trained.py'),
                                             'scsa_book.training.trained._timm': ( 'see/networks.html#_timm',
                                                                                   'scsa_book/training/trained.py'),
-                                            'scsa_book.training.trained.classes_in': ( 'see/networks.html#classes_in',
-                                                                                       'scsa_book/training/trained.py'),
                                             'scsa_book.training.trained.from_file': ( 'see/networks.html#from_file',
                                                                                       'scsa_book/training/trained.py'),
                                             'scsa_book.training.trained.from_name': ( 'see/networks.html#from_name',
                                                                                       'scsa_book/training/trained.py'),
-                                            'scsa_book.training.trained.kept_networks': ( 'see/networks.html#kept_networks',
-                                                                                          'scsa_book/training/trained.py')}}}
+                                            'scsa_book.training.trained.trained_networks': ( 'see/networks.html#trained_networks',
+                                                                                             'scsa_book/training/trained.py')}}}
