@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ROUNDED', 'CLASSES', 'lean_state', 'keep', 'Kept', 'load_kept', 'kept_networks']
 
-# %% ../../nbs/training/keep.ipynb #7e3debed
+# %% ../../nbs/training/keep.ipynb #2a1a3642
 import json
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from ..paths import embedded
 from .result import RunResult, load_result, run_folder, write_atomic
 from .tasks import TASKS
 
-# %% ../../nbs/training/keep.ipynb #74f38801
+# %% ../../nbs/training/keep.ipynb #9231360b
 ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Linear)  # what autocast computes in half precision
 
 
@@ -31,7 +32,8 @@ def lean_state(
     precision: str,  # in which it was trained: of a `RunConfig`
 ) -> dict[str, Tensor]:
     "The state dict; where the precision is mixed, weights that a forward pass rounds are rounded."
-    state = {name: value.detach().contiguous() for name, value in network.state_dict().items()}
+    copy = {"memory_format": torch.contiguous_format}  # safetensors refuses shared memory
+    state = {name: value.clone(**copy) for name, value in network.state_dict().items()}
     if precision not in HALF:
         return state
     layers = {n: m for n, m in network.named_modules() if isinstance(m, ROUNDED)}

@@ -32,6 +32,7 @@ class Trained:
     std: tuple[float, ...]
     attention: str | None = None  # mechanism of the registry
     run: RunResult | None = None  # that made it; None: random weights, or a file from elsewhere
+    classes: tuple[str, ...] = ()  # as far as the file names them
 
     @property
     def dataset(self) -> str | None:
@@ -57,11 +58,11 @@ def from_file(
     if not path.with_suffix(".json").is_file():
         network = authors.load(path, name).eval()
         return Trained(path.stem, network, known.mean, known.std, authors.info(network.report.name).attention)
-    network, _, run = load_kept(path)
+    network, classes, run = load_kept(path)
     if run.config.task != "classify":
         raise ValueError(f"{path.name} is of the task {run.config.task!r}; this is for classifiers")
     known = images.facts(run.config.dataset)
-    return Trained(path.stem, network, known.mean, known.std, run.config.attention, run)
+    return Trained(path.stem, network, known.mean, known.std, run.config.attention, run, classes)
 
 # %% ../../nbs/see/networks.ipynb #28404f22
 def from_name(
@@ -98,5 +99,5 @@ def trained_networks(dataset: str) -> dict[str, Trained]:
     "The book's own networks for a dataset, by mechanism and seed such as `scsa 0`; plain ones first."
     of = lambda path: load_result(path.with_suffix(".json")).config.dataset  # noqa: E731
     found = [from_file(path) for path in kept_networks() if of(path) == dataset]
-    found.sort(key=lambda looked: (looked.attention is not None, looked.attention or "", looked.run.config.seed))
+    found.sort(key=lambda looked: (looked.attention or "", looked.run.config.seed))
     return {f"{looked.attention or 'plain'} {looked.run.config.seed}": looked for looked in found}
