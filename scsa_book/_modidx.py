@@ -1575,6 +1575,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'scsa_book/explain/faithfulness.py'),
                                                 'scsa_book.explain.faithfulness.Curves.insertion_area': ( 'see/faithfulness.html#curves.insertion_area',
                                                                                                           'scsa_book/explain/faithfulness.py'),
+                                                'scsa_book.explain.faithfulness._randomise': ( 'see/faithfulness.html#_randomise',
+                                                                                               'scsa_book/explain/faithfulness.py'),
                                                 'scsa_book.explain.faithfulness.blurred': ( 'see/faithfulness.html#blurred',
                                                                                             'scsa_book/explain/faithfulness.py'),
                                                 'scsa_book.explain.faithfulness.curves': ( 'see/faithfulness.html#curves',

@@ -89,18 +89,28 @@ def curves(
     return Curves(along(blank, image), along(image, empty))
 
 # %% ../../nbs/see/faithfulness.ipynb #57ec661a
+def _randomise(module: nn.Module) -> None:
+    "New random weights, or the module's own ones in another order."
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+        return
+    for parameter in module.parameters(recurse=False):
+        order = torch.randperm(parameter.numel())
+        parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+# %% ../../nbs/see/faithfulness.ipynb #8e707a1d
 def randomised(
     network: nn.Module,  # changed in place
     seed: int = 0,
 ):
     "Yields names of modules, from the last, after each has got new random weights."
-    own = [(n, m) for n, m in network.named_modules() if hasattr(m, "reset_parameters")]
+    own = [(n, m) for n, m in network.named_modules() if [*m.parameters(recurse=False)]]
     if not own:
         raise ValueError(f"{type(network).__name__} has no layer with weights to randomise")
     for i, (name, module) in enumerate(reversed(own)):
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed + i)
-            module.reset_parameters()
+            _randomise(module)
         yield name
 
 # %% ../../nbs/see/faithfulness.ipynb #b5f01d1d
