@@ -121,7 +121,8 @@ def measured(
     if again:
         how = {"versions": versions(), "device": device_name(torch.device("cpu"))}
         how |= {"code": code_state().commit, "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"}
-        write_atomic(path, json.dumps({"how": how, "found": make()}, indent=1) + "\n")
+        found = json.loads(json.dumps(make()), parse_float=lambda digits: float(f"{float(digits):.6g}"))
+        write_atomic(path, json.dumps({"how": how, "found": found}) + "\n")
     if not path.is_file():
         remedy = f"papermill nbs/see/{name}.ipynb out.ipynb -p measure True"
         raise FileNotFoundError(f"{path} was not measured yet: {remedy}")
