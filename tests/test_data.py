@@ -428,6 +428,16 @@ def test_crops_of_a_batch_are_those_of_each_image():
     assert 110 < mirrored.sum() < 190
 
 
+def test_every_batch_of_every_epoch_and_process_has_its_own_augmentation():
+    seeds = []
+    for epoch in range(3):
+        for rank in range(2):
+            sampler = loading.EpochSampler(64, 16, seed=0, rank=rank, world=2)
+            sampler.set_epoch(epoch)
+            seeds += [batch.seed for batch in sampler]
+    assert len(set(seeds)) == len(seeds) == 3 * 2 * 4
+
+
 def test_images_on_an_accelerator_are_indexed_and_augmented_there():
     train = load_dataset("fashion-mnist", train_images=64).train.to("meta")
     module = loading.loader(train, loading.EpochSampler(64, 16, seed=0), workers=2)

@@ -302,13 +302,13 @@ def test_a_kept_network_evaluates_as_its_run_states(precision, where, tmp_path):
     network = TASKS["classify"].build(config, 10)
     run = save_result(config, images, fit(config, network, images, where), where)
     path = keep(run, tmp_path / "kept.safetensors", where)
-    result, _, _, again = whole(path, where, batch_size=64)
-    assert result.metrics == {k: run.final[k] for k in ("top1", "top5")}
-    weights = load_file(path)
-    half = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
-    assert weights["conv1.weight"].dtype == half and weights["bn1.weight"].dtype == torch.float32
+    result, _, _, again = whole(path, where, batch_size=50)
     kept = load_kept(path)
-    assert kept.classes == images.classes and kept.run == run and not kept.network.training
+    assert result.metrics == kept.run.kept and {c.verdict for c in result.claims.values()} == {"equal"}
+    assert kept.run.final == run.final and abs(run.final["top1"] - kept.run.kept["top1"]) < 2
+    weights = load_file(path)
+    assert (weights["conv1.weight"].dtype, weights["bn1.weight"].dtype) == (torch.float16, torch.float32)
+    assert kept.classes == images.classes and not kept.network.training
     state = again.state_dict()
     assert all(torch.equal(state[k], v) for k, v in kept.network.state_dict().items())
 
@@ -319,10 +319,10 @@ def test_kept_weights_are_those_of_any_mechanism(name):
     network = build("resnet8", 10)
     if name:
         attend(network, name, position="before_last_conv")
-    found = load(save(lean_state(network, "32-true")))
+    found = load(save(lean_state(network)))
     expected = network.state_dict()
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert all(torch.equal(found[key], value.to(found[key].dtype)) for key, value in expected.items())
 
 
 def test_what_is_no_kept_network_is_refused(tmp_path, where):
