@@ -1,5 +1,6 @@
 """What looks at attention: against scikit-learn, against closed forms, and what bad input gets."""
 
+import math
 from importlib.util import find_spec
 
 import pytest
@@ -10,16 +11,25 @@ from torch import nn
 from scsa_book import cli
 from scsa_book.attention import registry
 from scsa_book.explain.cam import check_layer, class_map
-from scsa_book.explain.faithfulness import blurred, curves, randomised, ranking
+from scsa_book.explain.descriptors import descriptor_maps
+from scsa_book.explain.faithfulness import blurred, curves, randomised, rank_correlation, ranking
 from scsa_book.explain.gates import GateMoments, fold, gates_of
 from scsa_book.explain.initial_gain import initial_gain
-from scsa_book.explain.localisation import auroc, energy_inside, paired_claim, points_inside
+from scsa_book.explain.localisation import (
+    Claim,
+    auroc,
+    energy_inside,
+    paired_claim,
+    points_inside,
+    regions,
+)
 from scsa_book.explain.maps import attention_map, draw_over, photograph, save_png, spatial_map
 from scsa_book.explain.mechanisms import fact
-from scsa_book.explain.receptive_field import contributions, side_length
+from scsa_book.explain.receptive_field import contributions, drawn_sides, profile, side_length
 from scsa_book.networks.build import build
 from scsa_book.networks.placement import attend
 from scsa_book.paths import DataError, embedded
+from scsa_book.training.measured import hits, in_words, measured, photographs, run_images
 from scsa_book.training.trained import from_file, from_name
 
 
@@ -399,3 +409,95 @@ def test_see_cam_says_what_is_missing(arguments, said, tmp_path, capsys):
         cli.main(["see", "cam", "--image", str(saved(tmp_path, "L", (9, 9))), *arguments])
     assert end.value.code == 2 and said in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# ---- what the pages measure with
+
+
+def test_regions_are_counted_with_corners_and_by_the_maximum():
+    values = torch.zeros(6, 6)
+    values[0, 0], values[1, 1], values[4, 4], values[0, 5] = 1.0, 0.6, 0.9, 0.4
+    assert [regions(values), regions(values, 0.3), regions(7 * values)] == [2, 3, 2]
+    with pytest.raises(ValueError, match="level=0"):
+        regions(values, 0)
+
+
+def test_the_rank_correlation_is_that_of_the_order():
+    values = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
+    assert rank_correlation(values, values.exp()) == pytest.approx(1)
+    assert rank_correlation(values, -values) == pytest.approx(-1)
+    assert math.isnan(rank_correlation(values, torch.ones(5, 5)))
+    with pytest.raises(ValueError, match="cannot be compared"):
+        rank_correlation(values, torch.rand(4, 4))
+
+
+def test_drawn_sides_of_equal_photographs_are_the_side():
+    a = torch.zeros(11, 11)
+    a[3:8, 3:8] = 1
+    by_image = profile(a).expand(7, -1)
+    for share in (0.04, 0.36, 1):
+        assert drawn_sides(by_image, share, draws=5).unique().tolist() == [side_length(a, share)]
+
+
+def test_drawn_sides_vary_with_the_photographs_and_not_with_the_call():
+    a, b = torch.zeros(2, 6, dtype=torch.float64)
+    a[0], b[5] = 1, 1
+    found = drawn_sides(torch.stack([a, b, b]), 0.5, draws=200)
+    assert set(found.tolist()) == {1, 11}
+    assert torch.equal(found, drawn_sides(torch.stack([a, b, b]), 0.5, draws=200))
+
+
+def test_every_own_parameter_is_randomised():
+    network = a_network("sa", groups=4)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter)
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    list(randomised(network))
+    assert [n for n, p in network.named_parameters() if p.numel() > 8 and torch.equal(p, before[n])] == []
+
+
+def test_descriptors_are_those_that_the_module_adds():
+    network, x = a_network("cat"), torch.randn(2, 3, 16, 16)
+    cat = network.layer1[0].attention["after_conv1"]
+    kept = {}
+    handle = cat.register_forward_pre_hook(lambda _, args: kept.update(u=args[0]))
+    found = descriptor_maps(network, x)["layer1.0.attention.after_conv1"]
+    handle.remove()
+    torch.testing.assert_close(found["-S_avg"], -kept["u"].mean(1))
+    torch.testing.assert_close(found["sum"], found["-S_avg"] + found["S_max"] + found["S_ent"])
+    torch.testing.assert_close(found["trained gate"], cat.spatial(kept["u"]).sigmoid()[:, 0])
+    assert not any(m._forward_pre_hooks for m in network.modules())
+    with pytest.raises(ValueError, match="no CAT"):
+        descriptor_maps(a_network("se"), x)
+
+
+def test_photographs_have_masks_that_are_neither_empty_nor_full():
+    first = next(photographs("dog"))
+    assert "dog" in first.categories and first.image.shape == (3, 112, 112) and "http" in first.credit
+    assert 0.01 <= float(first.mask.float().mean()) <= 0.99 and set(first.mask.unique().tolist()) == {0, 1}
+
+
+def test_the_images_of_a_run_are_those_that_it_was_tested_on():
+    looked = from_file(embedded("networks") / "fashion-mnist.safetensors")
+    right = hits(looked, run_images(looked, 2000))
+    assert len(right) == 2000 and 100 * sum(right) / 2000 == pytest.approx(looked.run.final["top1"], abs=0.06)
+    with pytest.raises(ValueError, match="made by no run"):
+        next(run_images(from_name("resnet8", classes=10), 2))
+
+
+def test_what_was_measured_is_read_and_what_was_not_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("scsa_book.training.measured.results_folder", lambda name: tmp_path)
+    with pytest.raises(FileNotFoundError, match="-p measure True"):
+        measured("page", lambda: 1)
+    assert measured("page", lambda: {"a": [1 / 3]}, again=True) == {"a": [0.333333]}
+    assert measured("page", lambda: 1 / 0) == {"a": [0.333333]}
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [((0.1, 0.3), "holds"), ((-0.3, -0.1), "does not hold"), ((-0.1, 0.3), "inconclusive")],
+)
+def test_a_sentence_has_the_verdict_of_its_interval(ends, verdict):
+    said = in_words("a exceeds b", Claim(12, sum(ends) / 2, *ends))
+    assert f"**{verdict}**" in said and "n = 12" in said and f"({ends[0]:+.3f} to {ends[1]:+.3f})" in said
+    assert "**inconclusive**" in in_words("a exceeds b", None)
