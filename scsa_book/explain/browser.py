@@ -14,7 +14,7 @@ from ..networks.placement import attentions
 
 # %% ../../nbs/see/browser.ipynb #06414174
 class MapsOf(nn.Module):
-    "Images in [0, 1] -> the spatial map of the first attention of each of three stages, (B, h, w) each."
+    "Images in [0, 1] -> spatial maps (B, h, w) of the first attention of three stages."
 
     def __init__(self, looked):  # a `Trained` with attention
         super().__init__()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
