@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROUNDED', 'CLASSES', 'lean_state', 'keep', 'write_beside', 'Kept', 'load_kept', 'kept_networks']
 
-# %% ../../nbs/training/keep.ipynb #c3dcc667
+# %% ../../nbs/training/keep.ipynb #7e3debed
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -23,14 +23,15 @@ from .evaluate import evaluate, plan
 from .result import RunResult, load_result, run_folder, write_atomic
 from .tasks import TASKS
 
-# %% ../../nbs/training/keep.ipynb #4dd5cd66
+# %% ../../nbs/training/keep.ipynb #74f38801
 ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 def lean_state(network: nn.Module) -> dict[str, Tensor]:
     "The state dict, parameters of convolutions and linear layers in float16."
-    copy = {"memory_format": torch.contiguous_format}  # safetensors refuses shared memory
-    state = {name: value.clone(**copy) for name, value in network.state_dict().items()}
+    whole = torch.contiguous_format
+    # copies, because safetensors refuses tensors that share memory, as CAT's two low-pass filters do
+    state = {k: v.detach().clone(memory_format=whole) for k, v in network.state_dict().items()}
     layers = {n: m for n, m in network.named_modules() if isinstance(m, ROUNDED)}
     own = {f"{n}.{p}" for n, m in layers.items() for p, _ in m.named_parameters(recurse=False)}
     return {name: value.half() if name in own else value for name, value in state.items()}
