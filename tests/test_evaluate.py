@@ -11,14 +11,12 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
 
 from scsa_book import cli
 from scsa_book.evidence import ledger
 from scsa_book.networks import authors
-from scsa_book.networks.build import build
-from scsa_book.networks.placement import attend
 from scsa_book.paths import embedded
 from scsa_book.training.config import Execution, configure
 from scsa_book.training.evaluate import (
@@ -39,7 +37,7 @@ from scsa_book.training.evaluation import (
     verdict_of,
     wilson,
 )  # fmt: skip
-from scsa_book.training.keep import keep, kept_networks, lean_state, load_kept
+from scsa_book.training.keep import keep, kept_networks, load_kept
 from scsa_book.training.run import fit, save_result
 from scsa_book.training.tasks import TASKS, build_network
 
@@ -311,18 +309,6 @@ def test_a_kept_network_evaluates_as_its_run_states(attention, precision, where,
     assert kept.classes == images.classes and not kept.network.training
     state = again.state_dict()
     assert all(torch.equal(state[k], v) for k, v in kept.network.state_dict().items())
-
-
-@pytest.mark.parametrize("name", [None, "cat", "scsa"])
-def test_kept_weights_are_those_of_any_mechanism(name):
-    "CAT's two low-pass filters are one tensor, which safetensors refuses to write twice."
-    network = build("resnet8", 10)
-    if name:
-        attend(network, name, position="before_last_conv")
-    found = load(save(lean_state(network)))
-    expected = network.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], value.to(found[key].dtype)) for key, value in expected.items())
 
 
 def test_what_is_no_kept_network_is_refused(tmp_path, where):
