@@ -138,7 +138,7 @@ def in_words(
 ) -> str:  # Markdown
     "A claim with its verdict, mean difference, interval and n."
     if claim is None:
-        return f"*{statement}*: **inconclusive**, nothing was measured that could."
+        return f"*{statement}*: **inconclusive**, too little was measured."
     mean, low, high = (f"{value:+.{digits}f}" for value in (claim.mean, claim.low, claim.high))
     difference = f"Mean difference {mean}{unit} ({low} to {high})"
     return f"*{statement}*: **{claim.verdict}**. {difference}, n = {claim.n} {of}."
