@@ -87,7 +87,7 @@ class Missing:
 BLOCKED = THESE
 sys.meta_path.insert(0, Missing())
 import torch
-import scsa_book.operators.pooling, scsa_book.gates
+import scsa_book.operators.pooling, scsa_book.operators.gates
 from scsa_book.attention import registry
 x = torch.randn(2, 128, 7, 5)
 for name in registry.names():
