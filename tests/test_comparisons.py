@@ -3,6 +3,7 @@
 import ast
 import re
 from datetime import datetime, timezone
+from itertools import combinations
 
 import matplotlib.pyplot as plt
 import pytest
@@ -12,8 +13,9 @@ from conftest import ROOT, cells_of
 from scipy import stats
 
 from scsa_book.evidence import comparisons as co
-from scsa_book.evidence import ledger, planned, recount
+from scsa_book.evidence import contrasts, curves, ledger, planned, recount
 from scsa_book.evidence.cost import parameters
+from scsa_book.evidence.power import smallest_difference
 from scsa_book.evidence.published import cells, tables
 from scsa_book.evidence.statistics import summarise
 from scsa_book.training.config import ConfigError, configure
@@ -21,7 +23,7 @@ from scsa_book.training.experiments import Experiment, experiment
 from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult
 from scsa_book.training.tasks import TASKS, build_network
 
-PAGES = ("cifar100", "ablations", "scenes", "report")
+PAGES = ("cifar100", "cifar100-resnet20", "imagenette", "gain", "ablations", "scenes", "report")
 NOISE = {0: 0.0, 1: 0.5, 2: -0.4, 3: 0.1}
 
 
@@ -213,25 +215,26 @@ def compared(base, se, name="bccd"):
 def test_differences_are_taken_seed_by_seed():
     # 3.0, 3.1, 3.0: the mean is 3.0333 and the interval 4.303 * 0.0577 / sqrt(3) to either side
     c, se = compared({0: 10.0, 1: 12.0, 2: 11.0}, {2: 14.0, 1: 15.1, 0: 13.0})
-    d = c.difference(se)
+    d = c.differences[se].summary
     assert (d.n, round(d.mean, 4), round(d.high - d.mean, 4)) == (3, 3.0333, 0.1434)
-    assert c.difference(c.rows[0]) is None and co.reading(d) == "above"
+    assert c.rows[0] not in c.differences and c.differences[se].reading == "above"
 
 
 def test_only_seeds_that_both_have_are_compared():
     c, se = compared({0: 10.0, 1: 12.0}, {1: 15.0, 2: 90.0})
-    d = c.difference(se)
-    assert (d.n, d.mean, d.low) == (1, 3.0, None) and co.reading(d) == "one pair"
+    d = c.differences[se]
+    assert (d.summary.n, d.summary.mean, d.p) == (1, 3.0, None) and d.reading == "one pair"
     c, se = compared({0: 10.0}, {1: 15.0})
-    assert c.difference(se) is None and co.reading(c.difference(se)) == "not run"
+    assert c.differences[se] == (None, None) and c.differences[se].reading == "not run"
 
 
 @pytest.mark.parametrize(
     ("differences", "said"),
-    [([1.0, 1.1, 0.9], "above"), ([-1.0, -1.1, -0.9], "below"), ([1.0, -1.1, 0.9], "inconclusive")],
+    [([1.0, 1.1, 0.9], "above"), ([-1.0, -1.1, -0.9], "below"), ([1.0, -1.1, 0.9], "not distinguishable")],
 )
-def test_a_reading_is_that_of_the_interval(differences, said):
-    assert co.reading(summarise(differences)) == said
+def test_the_reading_of_one_comparison_is_that_of_its_interval(differences, said):
+    d = co.differences({"only": (dict(enumerate(differences)), dict.fromkeys(range(3), 0.0))})["only"]
+    assert d.reading == said and d.p == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
 
 
 def test_a_baseline_is_that_of_the_own_setting():
@@ -250,21 +253,116 @@ def test_where_no_row_is_plain_the_first_is_the_baseline():
 def test_a_setting_without_a_plain_row_has_no_baseline():
     rows = co.compare("scenes-size-brightness", results=[]).rows
     c = co.Comparison("x", "x", (rows[0], rows[5]))
-    assert c.baseline(rows[5]) is None and c.difference(rows[5]) is None
+    assert c.baseline(rows[5]) is None and rows[5] not in c.differences
+    assert co.difference_columns(c, rows[5])[-1] == "no baseline"
 
 
-def test_a_family_is_compared_at_once():
+def test_a_gain_is_compared_with_the_plain_network():
+    c = co.compare("gain", results=[])
+    assert {c.baseline(row).label for row in c.rows} == {"no attention"}
+    assert len(c.differences) == len(c.rows) - 1
+
+
+def test_a_family_is_corrected_for_all_planned_comparisons():
+    # differences 1.0, 1.1, 1.2: t = 1.1 / (0.1 / sqrt(3)) = 19.05, p = 0.00274
     c, se = compared({0: 10.0, 1: 12.0, 2: 11.0}, {0: 11.0, 1: 13.1, 2: 12.2})
-    family = co.Family(c)
-    assert family.size == 3, "planned, not finished"
-    low, high = family.interval(se)
-    half = stats.t.ppf(1 - 0.05 / 3 / 2, 2) * 0.1 / 3**0.5
-    assert low == pytest.approx(1.1 - half) and high == pytest.approx(1.1 + half)
-    assert family.holds(se) is True and family.holds(c.rows[0]) is None
+    assert len(c.differences) == 3, "planned, not finished"
+    assert c.differences[se].p == pytest.approx(3 * 2 * stats.t.sf(1.1 / (0.1 / 3**0.5), 2))
+    assert c.differences[se].reading == "above"
+    # 0.9, 1.7, 1.3: its own interval excludes zero, and three comparisons are too many for it
     c, se = compared({0: 10.0, 1: 12.0, 2: 11.0}, {0: 10.9, 1: 13.7, 2: 12.3})
-    assert co.reading(c.difference(se)) == "above" and co.Family(c).holds(se) is False
-    c, se = compared({0: 10.0}, {0: 11.0})
-    assert co.Family(c).interval(se) is None
+    d = c.differences[se]
+    assert d.summary.low > 0 and d.p > 0.05 and d.reading == co.UNCLEAR
+    alone = co.differences({"se": (se.by_seed("AP"), c.rows[0].by_seed("AP"))})["se"]
+    assert alone.reading == "above", "as the only comparison it is distinguishable"
+
+
+def test_nothing_is_emphasised_that_is_not_distinguishable():
+    c, se = compared({0: 10.0, 1: 12.0, 2: 11.0}, {0: 10.9, 1: 13.7, 2: 12.3})
+    assert "unmeasured" in co.mark(c.differences[se])
+    (axis,) = co.show_differences(c)[0]
+    assert {line.get_color() for line in axis.lines if line.get_marker() == "|"} == {"gray"}
+    a = contrasts.shown(c.differences[se])
+    assert "<strong>" not in a and "+1.30" in a
+    c, se = compared({0: 10.0, 1: 12.0, 2: 11.0}, {0: 11.0, 1: 13.1, 2: 12.2})
+    (axis,) = co.show_differences(c)[0]
+    assert {line.get_color() for line in axis.lines if line.get_marker() == "|"} == {"C1"}
+    assert "<strong>−1.10</strong>" in contrasts.shown(c.differences[se], -1)
+    plt.close("all")
+
+
+# ---- power
+
+
+def test_the_spread_is_pooled_over_comparisons():
+    zero = dict.fromkeys(range(3), 0.0)
+    family = co.differences({
+        "a": ({0: 1.0, 1: 2.0, 2: 3.0}, zero), "b": ({0: 5.0, 1: 8.0}, zero), "c": ({0: 4.0}, zero), "d": ({}, zero),
+    })  # fmt: skip
+    assert co.pooled_std(family.values()) == pytest.approx(((2 * 1 + 1 * 4.5) / 3) ** 0.5)
+    found = co.detectable(family)
+    assert found[3] == pytest.approx(smallest_difference(co.pooled_std(family.values()), 3, alpha=0.05 / 4))
+    assert list(found) == [3, 5, 10] and found[3] > found[5] > found[10]
+    assert f"{found[10]:.1f} points with 10 seeds" in co.power_sentence(family)
+
+
+def test_without_pairs_the_power_is_not_known():
+    family = co.compare("bccd", results=results_of("bccd", {0: 20.0, 1: 21.0}, (0,))).differences
+    assert co.detectable(family) == {} and "not known" in co.power_sentence(family)
+
+
+# ---- contrasts
+
+
+def test_contrasts_are_all_pairs_of_mechanisms_in_one_family():
+    c = co.compare("cifar100", results=results_of("cifar100", {9: 28.0, 15: 30.0, 16: 30.5}))
+    rows = co.panels(c)["before the last convolution"]
+    found = contrasts.contrasts(c, rows)
+    assert len(found) == 8 * 7 / 2
+    first = [(a.label, b.label) for a, b in found][:6]
+    assert {frozenset(pair) for pair in first} == {
+        frozenset(pair) for pair in combinations(("SCSA", "CAT", "SE", "CBAM"), 2)
+    }
+    by_name = {(a.label, b.label): d for (a, b), d in found.items()}
+    assert by_name["SCSA", "SE"].summary.mean == pytest.approx(2.5) and by_name["SCSA", "SE"].reading == "above"
+    assert by_name["SCSA", "ECA"].reading == "not run"
+    said = contrasts.contrast_sentence(found)
+    assert said == (
+        "Of 28 contrasts, 3 are distinguishable from zero (SCSA is above CAT, SCSA is above SE and "
+        "CAT is above SE); 25 have fewer than two pairs of runs."
+    )
+    matrix = entries(contrasts.contrast_matrix(found, "x"))
+    assert [row[0] for row in matrix][:4] == ["SCSA", "CAT", "SE", "CBAM"]
+    assert matrix[0][3].startswith("+2.50") and matrix[2][1].startswith("−2.50") and matrix[0][1] == ""
+    axis = contrasts.show_contrasts(found, c.metric)
+    assert axis.get_yticklabels()[1].get_text() == "SCSA − SE" and len(axis.get_yticklabels()) == 28  # noqa: RUF001
+    plt.close("all")
+
+
+# ---- curves and equal time
+
+
+def test_a_curve_has_the_mean_and_the_range_over_seeds():
+    c = co.compare("cifar100", results=results_of("cifar100", {0: 28.0, 9: 29.0}))
+    assert curves.by_epoch(c.rows[0], "top1") == {1: [23.0, 23.5, 22.6], 2: [28.0, 28.5, 27.6]}
+    left, right = curves.show_curves(c)
+    assert [len(axis.lines) for axis in (left, right)] == [1, 2]
+    assert list(right.lines[0].get_ydata()) == pytest.approx([69.1 / 3, 84.1 / 3])
+    assert right.lines[0].get_color() == "black" and len(right.collections) == 2
+    band = right.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (22.6, 28.5)
+    plt.close("all")
+
+
+def test_equal_time_takes_the_last_epoch_that_ended_within_it():
+    [plain], [slow] = (results_of("cifar100", {i: v}, (0,)) for i, v in ((0, 28.0), (9, 30.0)))
+    slow.epochs[0].train_seconds = slow.epochs[1].train_seconds = 1.5
+    assert [curves.within(slow, "top1", s) for s in (1.4, 1.5, 2.9, 3.0)] == [None, 25.0, 25.0, 30.0]
+    c = co.compare("cifar100", results=[plain, slow])
+    se = c.rows[9]
+    assert c.differences[se].summary.mean == 2.0
+    assert curves.at_equal_time(c)[se].summary.mean == -3.0, "two seconds are one of its epochs"
+    assert curves.slowdown(se, c.rows[0]) == 1.5 and curves.slowdown(c.rows[1], c.rows[0]) is None
 
 
 # ---- what is shown
@@ -306,9 +404,9 @@ def test_the_table_has_a_line_for_every_row_of_the_plan():
     c, _ = compared({0: 10.0, 1: 12.0, 2: 11.0}, {0: 13.0, 1: 15.1, 2: 14.0})
     base, se, scsa, _ = entries(co.comparison_table(c))
     assert base[:6] == ["no attention", "77,000", "3 of 3", "11.00", "1.00", "8.52 to 13.48"]
-    assert base[6:] == ["", "", "baseline", ""]
-    assert se[-4:] == ["+3.03", "+2.89 to +3.18", "above", "yes"]
-    assert scsa == ["SCSA", "", "0 of 3", "", "", "", "", "", "not run", ""]
+    assert base[6:] == ["", "", "", "baseline"]
+    assert se[-4:] == ["+3.03", "+2.89 to +3.18", "&lt; 0.001", "above"]
+    assert scsa == ["SCSA", "", "0 of 3", "", "", "", "", "", "", "not run"]
     words, numbers = {"Data": lambda r: r.config.dataset}, {"n": lambda r: len(r.runs)}
     wide = co.comparison_table(c, words=words, numbers=numbers)
     assert entries(wide)[0][1] == "bccd" and entries(wide)[0][-1] == "3"
@@ -317,7 +415,7 @@ def test_the_table_has_a_line_for_every_row_of_the_plan():
     assert entries(co.comparison_table(below, [row]))[0][-4] == "−1.00"
 
 
-def test_a_sentence_says_no_more_than_the_intervals():
+def test_a_sentence_says_no_more_than_the_verdicts():
     assert co.sentence(co.compare("bccd", results=[])) == "There is no conclusion yet."
     found = results_of("bccd", {0: 20.0, 1: 22.0, 2: 18.0})
     unsure = co.compare("bccd", results=[]).rows[3].config
@@ -394,7 +492,7 @@ def show(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_say_that_nothing_has_run(show, page):
     shown = show(page)
-    readings = ("above", "below", "inconclusive")
+    readings = ("above", "below", "not distinguishable")
     assert not any(f"{reading}</span>" in shown for reading in readings)
     if page == "report":
         assert "`scsa-book sweep cifar100`: 51 runs are missing." in shown and "251 are reproduced" in shown
@@ -405,7 +503,7 @@ def test_pages_say_that_nothing_has_run(show, page):
 def test_the_page_of_cifar100_with_some_results(show):
     shown = show("cifar100", results_of("cifar100", {0: 28.0, 1: 25.0, 16: 28.5}, (0, 1)))
     assert "**45 of 51 planned runs are missing**" in shown and "6 runs, 0:06:06" in shown
-    assert "16 comparisons are planned and 2 have an interval" in shown
+    assert "16 comparisons are planned and 2 have an interval" in shown and "not known" not in shown
     assert "**Before the last convolution.** On this test split" in shown
 
 

@@ -266,8 +266,8 @@ def experiments(
 
 # %% ../../nbs/evidence/ledger.ipynb #648106dc
 def without_attention(experiment: Experiment) -> str:
-    "Digest of an experiment's configuration with its mechanism taken out."
-    plain = {"attention": None, "position": None, "options": {}}
+    "Digest of an experiment's configuration with its mechanism and its gain taken out."
+    plain = {"attention": None, "position": None, "options": {}, "gain": 1.0}
     return digest(experiment.config.model_copy(update=plain))
 
 # %% ../../nbs/evidence/ledger.ipynb #a947f132
