@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import combinations
 
@@ -354,15 +355,18 @@ def test_a_curve_has_the_mean_and_the_range_over_seeds():
     plt.close("all")
 
 
-def test_equal_time_takes_the_last_epoch_that_ended_within_it():
+def test_equal_time_takes_the_epochs_that_fit():
     [plain], [slow] = (results_of("cifar100", {i: v}, (0,)) for i, v in ((0, 28.0), (9, 30.0)))
-    slow.epochs[0].train_seconds = slow.epochs[1].train_seconds = 1.5
-    assert [curves.within(slow, "top1", s) for s in (1.4, 1.5, 2.9, 3.0)] == [None, 25.0, 25.0, 30.0]
+    slow.epochs[0].train_seconds, slow.epochs[1].train_seconds = 1.5, 90.0  # the second one was disturbed
     c = co.compare("cifar100", results=[plain, slow])
-    se = c.rows[9]
-    assert c.differences[se].summary.mean == 2.0
-    assert curves.at_equal_time(c)[se].summary.mean == -3.0, "two seconds are one of its epochs"
-    assert curves.slowdown(se, c.rows[0]) == 1.5 and curves.slowdown(c.rows[1], c.rows[0]) is None
+    se, eca = c.rows[9:11]
+    assert curves.slowdown(se, c.rows[0]) == 1.5 and curves.slowdown(eca, c.rows[0]) is None
+    assert [curves.after(se, "top1", n) for n in (0, 1, 2, 3)] == [{}, {0: 25.0}, {0: 30.0}, {}]
+    short = replace(se, config=se.config.model_copy(update={"epochs": 2}))
+    base = replace(c.rows[0], config=c.rows[0].config.model_copy(update={"epochs": 2}))
+    c = co.Comparison("x", "x", (base, short))
+    assert c.differences[short].summary.mean == 2.0
+    assert curves.at_equal_time(c)[short].summary.mean == -3.0, "two seconds are one of its epochs"
 
 
 # ---- what is shown
