@@ -6,8 +6,9 @@
 __all__ = ['POSITION_LABELS', 'ALPHA', 'UNCLEAR', 'Key', 'Values', 'SEVERAL', 'STYLES', 'Column', 'DIFFERENCE', 'WORDS', 'Row',
            'label_of', 'Difference', 'differences', 'Comparison', 'compare', 'listed', 'progress', 'recipe',
            'images_seen', 'spent', 'pooled_std', 'detectable', 'power_sentence', 'signed', 'ends', 'mark',
-           'difference_columns', 'measured', 'named', 'heads', 'comparison_table', 'sentence', 'panels', 'axis_limits',
-           'draw_panels', 'draw_row', 'show_values', 'drawn_difference', 'show_differences', 'printed']
+           'difference_cells', 'difference_columns', 'measured', 'named', 'heads', 'comparison_table', 'sentence',
+           'panels', 'axis_limits', 'draw_panels', 'draw_row', 'show_values', 'drawn_difference', 'show_differences',
+           'printed']
 
 # %% ../../nbs/evidence/comparisons.ipynb #da80678f
 import math
@@ -254,14 +255,19 @@ def mark(d: Difference) -> Html:
     return verdict(d.reading, STYLES.get(d.reading, "unmeasured"))
 
 
-def difference_columns(c: Comparison, row: Row) -> list[object]:
-    "Difference to the baseline, its own interval, the p value for all comparisons, and the verdict."
-    if (d := c.differences.get(row)) is None:
-        return ["", "", "", "baseline" if c.baseline(row) is row else "no baseline"]
+def difference_cells(d: Difference) -> list[object]:
+    "Difference, its own interval, the p value for all comparisons, and the verdict."
     if d.summary is None:
         return ["", "", "", mark(d)]
     p = "" if d.p is None else "< 0.001" if d.p < 0.001 else f"{d.p:.3f}"
     return [signed(d.summary.mean), ends(d.summary.low, d.summary.high, signed), p, mark(d)]
+
+
+def difference_columns(c: Comparison, row: Row) -> list[object]:
+    "The difference of a row to its baseline, if it has one."
+    if (d := c.differences.get(row)) is not None:
+        return difference_cells(d)
+    return ["", "", "", "baseline" if c.baseline(row) is row else "no baseline"]
 
 # %% ../../nbs/evidence/comparisons.ipynb #0146ec13
 def measured(row: Row, metric: str) -> list[object]:
