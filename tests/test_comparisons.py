@@ -14,7 +14,7 @@ from conftest import ROOT, cells_of
 from scipy import stats
 
 from scsa_book.evidence import comparisons as co
-from scsa_book.evidence import contrasts, curves, ledger, planned, recount
+from scsa_book.evidence import claims, contrasts, curves, ledger, planned, recount
 from scsa_book.evidence.cost import parameters
 from scsa_book.evidence.power import smallest_difference
 from scsa_book.evidence.published import cells, tables
@@ -297,9 +297,8 @@ def test_nothing_is_emphasised_that_is_not_distinguishable():
 
 def test_the_spread_is_pooled_over_comparisons():
     zero = dict.fromkeys(range(3), 0.0)
-    family = co.differences({
-        "a": ({0: 1.0, 1: 2.0, 2: 3.0}, zero), "b": ({0: 5.0, 1: 8.0}, zero), "c": ({0: 4.0}, zero), "d": ({}, zero),
-    })  # fmt: skip
+    values = {"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 5.0, 1: 8.0}, "c": {0: 4.0}, "d": {}}
+    family = co.differences({key: (of_key, zero) for key, of_key in values.items()})
     assert co.pooled_std(family.values()) == pytest.approx(((2 * 1 + 1 * 4.5) / 3) ** 0.5)
     found = co.detectable(family)
     assert found[3] == pytest.approx(smallest_difference(co.pooled_std(family.values()), 3, alpha=0.05 / 4))
@@ -325,7 +324,8 @@ def test_contrasts_are_all_pairs_of_mechanisms_in_one_family():
         frozenset(pair) for pair in combinations(("SCSA", "CAT", "SE", "CBAM"), 2)
     }
     by_name = {(a.label, b.label): d for (a, b), d in found.items()}
-    assert by_name["SCSA", "SE"].summary.mean == pytest.approx(2.5) and by_name["SCSA", "SE"].reading == "above"
+    d = by_name["SCSA", "SE"]
+    assert d.summary.mean == pytest.approx(2.5) and d.reading == "above"
     assert by_name["SCSA", "ECA"].reading == "not run"
     said = contrasts.contrast_sentence(found)
     assert said == (
@@ -336,7 +336,7 @@ def test_contrasts_are_all_pairs_of_mechanisms_in_one_family():
     assert [row[0] for row in matrix][:4] == ["SCSA", "CAT", "SE", "CBAM"]
     assert matrix[0][3].startswith("+2.50") and matrix[2][1].startswith("−2.50") and matrix[0][1] == ""
     axis = contrasts.show_contrasts(found, c.metric)
-    assert axis.get_yticklabels()[1].get_text() == "SCSA − SE" and len(axis.get_yticklabels()) == 28  # noqa: RUF001
+    assert axis.get_yticklabels()[1].get_text() == "SCSA − SE" and len(axis.get_yticklabels()) == 28
     plt.close("all")
 
 
@@ -369,6 +369,100 @@ def test_equal_time_takes_the_epochs_that_fit():
     assert curves.at_equal_time(c)[short].summary.mean == -3.0, "two seconds are one of its epochs"
 
 
+# ---- claims
+
+
+def claim_of(source, table, other, dataset="imagenet1k"):
+    found = [c for c in claims.claims(source) if (c.own.table, c.own.dataset) == (table, dataset)]
+    return next(c for c in found if c.other.method == other)
+
+
+def test_claims_are_the_printed_differences_of_the_own_mechanism():
+    scsa, cat = claim_of("scsa", "IV", "se"), claim_of("cat", "3", "eca", "cifar100")
+    assert scsa.printed == pytest.approx(77.49 - 77.23) and scsa.words == "SCSA is above SE"
+    assert cat.own.metric == "top1_error" and cat.printed == pytest.approx(cat.other.number - cat.own.number)
+    assert cat.words == "CAT is below ECA", "its error is larger"
+    every = claims.claims()
+    assert len(set(every)) == len(every) and {c.own.source for c in every} == {"scsa", "sanet", "cat"}
+    tables_of = {(c.own.source, c.own.table) for c in every}
+    assert tables_of == set(tables()) - {("scsa", "III"), ("sanet", "1"), ("cat", "6")}, "all but ablations"
+    for c in every:
+        for column in ("source", "table", "dataset", "framework", "backbone", "metric"):
+            assert getattr(c.own, column) == getattr(c.other, column)
+
+
+def test_a_claim_is_compared_at_the_position_of_its_own_mechanism():
+    c = co.compare("cifar100", results=[])
+    for source, number, other, where in (
+        ("scsa", "IV", "se", "before_last_conv"), ("sanet", "2", "se", "before_add"),
+    ):  # fmt: skip
+        mine, its = claims.pair_of(c, claim_of(source, number, other))
+        assert mine.config.position == its.config.position == where and its.config.attention == other
+        assert claims.pair_of(c, claim_of(source, number, "baseline"))[1].config.attention is None
+    assert claims.pair_of(c, claim_of("scsa", "IV", "fca")) is None, "it is not planned"
+    only = claims.pair_of(co.compare("bccd", results=[]), claim_of("scsa", "V", "se", "coco2017"))
+    assert {row.config.position for row in only} == {"before_add"}, "the only one there is"
+
+
+@pytest.mark.parametrize(("scsa", "said"), [(31.0, "holds"), (27.0, "opposite"), (None, "not run")])
+def test_the_verdict_of_a_claim_needs_the_printed_sign(scsa, said):
+    values = {0: 28.0, 9: 29.0} | ({16: scsa} if scsa else {})
+    c = co.compare("cifar100", results=results_of("cifar100", values))
+    found = claims.outcomes(c, [claim_of("scsa", "IV", name) for name in ("baseline", "se")])
+    assert [o.verdict for o in found] == [said, said]
+    assert claims.tally(found).startswith("Of 2 comparisons with a printed difference 2 ")
+
+
+def test_the_seeds_that_would_decide_a_claim_have_the_power():
+    n = claims.seeds_needed(1.0, 0.5, 4)
+    enough, less = (smallest_difference(1.0, k, alpha=0.05 / 4) for k in (n, n - 1))
+    assert enough <= 0.5 < less
+    assert claims.seeds_needed(None, 0.5, 4) is None and claims.seeds_needed(1.0, 0.001, 4) is None
+    wobble = [{0: 28.0, 1: 28.4, 2: 28.8}, {0: 29.1, 1: 28.9, 2: 30.0}]
+    rows = [co.compare("cifar100", results=[]).rows[i].config for i in (0, 16)]
+    found = [result(row, v, s) for row, some in zip(rows, wobble, strict=True) for s, v in some.items()]
+    [o] = claims.outcomes(co.compare("cifar100", results=found), [claim_of("scsa", "IV", "baseline")])
+    assert o.verdict == co.UNCLEAR
+    assert o.seeds == claims.seeds_needed(o.difference.summary.std, 1.1, 1)
+    assert o.hours == pytest.approx(o.seeds * 2 * 61 / 3600)
+
+
+def test_every_experiment_with_claims_has_some():
+    found = claims.all_outcomes(results=[])
+    assert {name: bool(some) for name, some in found.items()} == dict.fromkeys(claims.EXPERIMENTS, True)
+    assert {o.verdict for some in found.values() for o in some} == {"not run"}
+
+
+# ---- runs beside printed accuracies
+
+
+def beside(results, method):
+    "Status and note of the ledger for an accuracy of SCSA's Table IV on a ResNet-50."
+    where = {"method": method, "backbone": "resnet50", "metric": "top1"}
+    [row] = ledger.rows("scsa", "IV", results=results, **where)
+    return row.status, row.note
+
+
+def test_the_ledger_takes_runs_with_the_options_of_narrow_networks():
+    rows = {(r.label, r.position): r.config for r in co.compare("cifar100-resnet20", results=[]).rows}
+    se = rows["SE", "before the addition"]
+    assert se.options == {"reduction": 4}, "not the table's"
+    status, note = beside([result(se, 55.0)], "se")
+    assert status == "other_scale" and "resnet20, 10 epochs" in note
+    elsewhere = rows["SE", "before the last convolution"]
+    assert beside([result(elsewhere, 55.0)], "se")[0] == "unmeasured"
+    gained = se.model_copy(update={"gain": 2.0})
+    assert beside([result(gained, 55.0)], "se")[0] == "unmeasured"
+
+
+def test_a_plain_network_of_a_control_is_shown_only_where_there_is_no_other():
+    plain, _, longer = (r.config for r in co.compare("controls", results=[]).rows)
+    se = co.compare("cifar100-resnet20", results=[]).rows[1].config
+    found = [result(c, 55.0) for c in (longer, plain, se)]
+    assert "10 epochs" in beside(found, "baseline")[1]
+    assert "15 epochs" in beside(found[:1], "baseline")[1]
+
+
 # ---- what is shown
 
 
@@ -386,9 +480,7 @@ def test_progress_counts_what_is_missing():
 def test_what_was_spent():
     assert "nothing was spent" in co.spent([])
     runs = results_of("bccd", {0: 20.0, 1: 21.0})
-    assert co.spent(runs) == (
-        "6 runs, 0:06:06 (h:mm:ss), 576,000 training images seen; on a processor × 1."
-    )
+    assert co.spent(runs) == ("6 runs, 0:06:06 (h:mm:ss), 576,000 training images seen; on a processor × 1.")
     other = runs[0].model_copy(update={"machine": runs[0].machine.model_copy(update={"device": "another"})})
     assert co.spent([*runs, other]).endswith(f"; on a processor × 1 and another × 1. {co.SEVERAL}")
     steps = result(configure(task="detect", preset="cpu", epoch_steps=10), 20.0)
@@ -504,6 +596,35 @@ def test_pages_say_that_nothing_has_run(show, page):
         assert "**None of the" in shown and "nothing was spent" in shown
 
 
+def test_the_page_of_claims_lists_each_with_its_cell(show):
+    shown = show("claims", results_of("cifar100-resnet20", {0: 54.0, 8: 55.0}))
+    [table] = re.findall(r'aria-label="Claims and the runs of Nine networks on.*?</table>', shown, re.S)
+    first = entries(table)[0]
+    assert first[:4] == ["SCSA is above the plain network", "SCSA, Table IV, imagenet1k", "+1.10", "+1.00"]
+    assert first[-2:] == ["holds", "2 seeds, 0.1 h"]
+    assert "1 hold here" in shown and "SCSA is above FCA (Table IV, imagenet1k)" in shown
+
+
+def test_the_page_of_controls_compares_with_the_larger_network(show):
+    found = results_of("controls", {0: 54.0, 1: 56.0}) + results_of("cifar100-resnet20", {8: 55.0})
+    shown = show("controls", found)
+    size = entries(
+        re.search(r'aria-label="Every network minus the plain network of width 17.*?</table>', shown, re.S)[0]
+    )
+    by_name = {row[0]: row for row in size}
+    assert by_name["SCSA, before the last convolution"][2] == "−1.00"
+    assert by_name["no attention"][2] == "−2.00" and by_name["no attention"][-1] == "below"
+
+
+def test_the_page_of_the_gain_says_what_the_factor_alone_costs(show):
+    shown = show("gain", results_of("gain", {0: 28.0, 1: 12.0, 2: 17.0, 3: 31.0}))
+    assert (
+        "**SCSA** is 11.0 points below the plain network; the factor 0.14 alone costs 16.0, and "
+        "with its gain divided out the mechanism is 3.0 above." in shown
+    )
+    assert "**CA**: a control has no run yet." in shown
+
+
 def test_the_page_of_cifar100_with_some_results(show):
     shown = show("cifar100", results_of("cifar100", {0: 28.0, 1: 25.0, 16: 28.5}, (0, 1)))
     assert "**45 of 51 planned runs are missing**" in shown and "6 runs, 0:06:06" in shown
@@ -534,6 +655,5 @@ def test_the_report_counts_what_is_there(show):
     outcome = entries(re.search(r'aria-label="Experiments, and.*?</table>', shown, re.S)[0])
     [line] = [row for row in outcome if row[0] == "cifar100"]
     assert line[2:] == ["9 of 51", "16", "1", "1", ""]
-    claims = entries(re.search(r'aria-label="The claims of.*?</table>', shown, re.S)[0])
-    assert claims[0][2:] == ["+1.10 Top-1", "cifar100: above (+0.50, +0.50 to +0.50)"]
+    assert "44 have no pair of runs yet" in shown
     assert "cpu" in shown and "cifar100 (9 runs)" in shown
