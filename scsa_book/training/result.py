@@ -69,6 +69,7 @@ class RunResult(BaseModel):
     id: str
     config: RunConfig
     final: dict[str, float]  # metrics of the last epoch
+    kept: dict[str, float] | None = None  # of the weights in a file of `keep`, in float32
     epochs: list[Epoch]
     parameters: int
     seconds: float  # of all epochs, also of those before an interruption
