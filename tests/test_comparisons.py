@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, cells_of
 from scipy import stats
 
-from scsa_book.evidence import comparisons as co
 from scsa_book.evidence import claims, contrasts, curves, ledger, planned, recount
+from scsa_book.evidence import comparisons as co
 from scsa_book.evidence.cost import parameters
 from scsa_book.evidence.power import smallest_difference
 from scsa_book.evidence.published import cells, tables

@@ -21,7 +21,10 @@ from ..training.result import RunResult
 
 # %% ../../nbs/evidence/claims.ipynb #defc2e52
 OWN = {"scsa": "scsa", "sanet": "sa", "cat": "cat"}  # source -> its mechanism
-METRIC = {"classification": "top1", "detection": "AP", "instance-segmentation": "AP", "semantic-segmentation": "mIoU"}
+METRIC = {
+    "classification": "top1", "semantic-segmentation": "mIoU",
+    "detection": "AP", "instance-segmentation": "AP",
+}  # fmt: skip
 
 
 class Claim(NamedTuple):
@@ -163,5 +166,6 @@ def tally(found: Iterable[Outcome]) -> str:
     "How many claims have which verdict, as a sentence."
     counts = Counter(outcome.verdict for outcome in found)
     parts = [f"{counts[verdict]} {words}" for verdict, words in SAID.items() if counts[verdict]]
-    many = counts.total()
-    return f"Of {many} comparisons with a printed difference {listed(parts)}." if many else "There is no such claim."
+    if not parts:
+        return "There is no such claim."
+    return f"Of {counts.total()} comparisons with a printed difference {listed(parts)}."

@@ -60,7 +60,7 @@ def show_contrasts(found: Contrasts, metric: str):
 
     _, axis = plt.subplots(figsize=(7.2, 0.22 * len(found) + 0.7))
     drawn = [draw_row(axis, y, *drawn_difference(d)) for y, d in enumerate(found.values())]
-    axis.set_yticks(range(len(found)), [f"{a.label} − {b.label}" for a, b in found])  # noqa: RUF001
+    axis.set_yticks(range(len(found)), [f"{a.label} − {b.label}" for a, b in found])
     axis.axvline(0, color="gray", lw=0.8, zorder=0)
     limits = axis_limits((d for d in drawn if d), [0])
     axis.set(ylim=(len(found) - 0.5, -0.5), xlabel=f"difference in {named(metric)}, points")
@@ -75,6 +75,7 @@ def contrast_sentence(found: Contrasts) -> str:
         f"{a.label} is {d.reading} {b.label}" for (a, b), d in found.items() if d.reading in STYLES
     ]
     unrun = readings.count("not run") + readings.count("one pair")
-    said = f"Of {len(found)} contrasts, {len(clear)} {'is' if len(clear) == 1 else 'are'} distinguishable from zero"
+    verb = "is" if len(clear) == 1 else "are"
+    said = f"Of {len(found)} contrasts, {len(clear)} {verb} distinguishable from zero"
     said += f" ({listed(clear)})" if clear else ""
     return said + (f"; {unrun} have fewer than two pairs of runs." if unrun else ".")
