@@ -39,10 +39,11 @@ def show_curves(c: Comparison, shown: Mapping[str, Sequence[Row]] | None = None)
     shown = shown or panels(c)
     size = {"figsize": (7.2, 3.2), "sharey": True, "squeeze": False}
     _, axes = plt.subplots(1, len(shown), **size)
+    colours = len(plt.rcParams["axes.prop_cycle"])
     for axis, (title, rows) in zip(axes[0], shown.items(), strict=True):
-        for i, row in enumerate(rows):
-            plain = row.config.attention is None
-            draw_curve(axis, row, c.metric, color="black" if plain else f"C{i % 10}", lw=1.4)
+        for i, row in enumerate(rows):  # dashed where a colour returns
+            colour = "black" if row.config.attention is None else f"C{i}"
+            draw_curve(axis, row, c.metric, color=colour, ls="-" if i <= colours else "--", lw=1.4)
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.lines:
