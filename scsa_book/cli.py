@@ -327,6 +327,8 @@ def sweep(
     preset: Annotated[str | None, typer.Option(help="Default: the experiment's own.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many, from 0.")] = None,
     cores: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
+    per_gpu: Annotated[int, typer.Option(min=1, help="Runs that share a GPU.")] = 1,
+    time_limit: Annotated[float | None, typer.Option(min=0, help="Minutes, then it stops.")] = None,
     profile: Profile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs.")] = False,
     data_root: DataRoot = None,
@@ -335,6 +337,7 @@ def sweep(
     from scsa_book.training import sweep as sweeps
 
     how = {"preset": preset, "seeds": seeds, "cores": cores, "profile": profile}
+    how |= {"per_gpu": per_gpu, "time_limit": time_limit}
     sweeps.sweep(*names, **how, dry_run=dry_run, data_root=data_root, words=in_words)
 
 # %% ../nbs/reference/command-line.ipynb #cbba4bc9
