@@ -23,5 +23,10 @@ setup(
     url=meta["repo_url"] or None,
     python_requires=f">={meta['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={"runs": runs, "sweep": sweep, "dev": sweep + lines("dev_requirements")},
+    extras_require={
+        "runs": runs,
+        "deploy": runs + lines("deploy_requirements"),
+        "sweep": sweep,
+        "dev": sweep + lines("dev_requirements"),
+    },
 )

@@ -20,6 +20,7 @@ from scsa_book.attention.base import (
     check_choice,
     check_positive,
 )
+from ..operators.affine import add_product, normalise_channels
 from ..operators.memory import laid_like
 
 # %% ../../nbs/hybrid/sa.ipynb #d5edf39c
@@ -33,7 +34,7 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, G, width, H, W)
         weight, bias = (p[:, None, None] for p in (self.weight, self.bias))
-        return torch.addcmul(bias, weight, x)
+        return add_product(bias, weight, x)
 
     def after(self, first: "Affine") -> tuple[Tensor, Tensor]:
         "Weight and bias of the composition: first `first`, then this."
@@ -47,11 +48,8 @@ def normalise(
     eps: float,
 ) -> Tensor:
     "Normalise every channel to mean 0 and variance 1 over its positions, then affine."
-    groups, width = x.shape[1:3]
-    affine = weight.repeat(groups), bias.repeat(groups)
-    # not nn.functional's, which rejects a map with a single position
-    t = torch.group_norm(x.flatten(1, 2), groups * width, *affine, eps)
-    return t.unflatten(1, (groups, width))
+    t = normalise_channels(x, weight, bias, eps)
+    return t.unflatten(1, x.shape[1:3])
 
 # %% ../../nbs/hybrid/sa.ipynb #e535e820
 class ScaleTransform(Affine):
@@ -107,8 +105,9 @@ def concat_and_shuffle(
     "Concatenate the sub-features of every group, and shuffle all channels."
     along = math.gcd(shuffle_groups, sub_features[0].shape[1])
     split = (along, sub_features[0].shape[1] // along)
-    views = [half.unflatten(1, split).movedim(1, 3) for half in sub_features]
-    return shuffle(torch.stack(views, 2).flatten(1, 4), shuffle_groups // along)
+    views = [u.flatten(3).unflatten(1, split).permute(0, 2, 3, 1, 4) for u in sub_features]
+    y = torch.cat(views, 2).flatten(1, 3).unflatten(2, sub_features[0].shape[3:])
+    return shuffle(y, shuffle_groups // along)
 
 # %% ../../nbs/hybrid/sa.ipynb #0ff3f6a2
 def check_sub_features(channels: int, groups: int) -> None:
@@ -132,7 +131,7 @@ class SubFeatures(Attention):
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         "The two sub-features of every group, views: (B, G, C / 2G, H, W)."
         width = self.channels // (2 * self.groups)
-        return x.unflatten(1, (self.groups, 2, width)).unbind(2)
+        return x.unflatten(1, (self.groups, 2 * width)).split(width, 2)
 
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The sub-features times their gates, concatenated and shuffled."

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
+from ..operators.affine import add_product
 
 # %% ../../nbs/hybrid/sge.ipynb #ed48524e
 def check_groups(channels: int, groups: int) -> None:
@@ -30,7 +31,7 @@ def similarity(
 ) -> Tensor:  # (B, G, H, W), with mean 0 over the positions
     "Inner product of the vector at every position with the mean vector of its group, centred."
     z = x.mean((-2, -1))
-    p = (z[:, :, None] @ x.flatten(3)).unflatten(3, x.shape[-2:])[:, :, 0]
+    p = (z[:, :, None] @ x.flatten(3))[:, :, 0].unflatten(2, x.shape[-2:])
     return p - p.mean((-2, -1), keepdim=True)
 
 # %% ../../nbs/hybrid/sge.ipynb #f5c75dad
@@ -40,7 +41,8 @@ def deviation(
     "Standard deviation over the positions; half precision is accumulated in single."
     dtype = torch.promote_types(p.dtype, torch.float32)
     length = torch.linalg.vector_norm(p, dim=(-2, -1), keepdim=True, dtype=dtype)
-    return length / max(p.shape[-2] * p.shape[-1] - 1, 1) ** 0.5
+    n = p.shape[-2] * p.shape[-1]
+    return length / (n - 1 + 1 // n) ** 0.5  # the larger of n - 1 and 1, without a branch
 
 # %% ../../nbs/hybrid/sge.ipynb #5bde8ef9
 class GroupGates(Attention):
@@ -55,7 +57,7 @@ class GroupGates(Attention):
         self.check(x)
         p = similarity(self.split(x))
         scale = self.weight / (deviation(p) + self.eps)
-        return {"group": torch.addcmul(self.bias, scale, p).sigmoid().to(x.dtype)}
+        return {"group": add_product(self.bias, scale, p).sigmoid().to(x.dtype)}
 
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "Every channel times the gates of its group."
