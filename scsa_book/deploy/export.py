@@ -131,7 +131,7 @@ class Calibration:
 
 
 def quantise(path: Path, inputs: Iterable[Tensor]) -> None:
-    "An ONNX file in eight bits, in its own place."
+    "Replace an ONNX file by one in eight bits."
     from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

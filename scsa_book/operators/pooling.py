@@ -7,8 +7,10 @@ __all__ = ['check_map', 'global_average', 'channel_average', 'global_maximum', '
            'is_fixed', 'covers', 'missing', 'filled', 'window_maximum']
 
 # %% ../../nbs/foundations/pooling.ipynb #6328a953
+from math import inf
+
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, sym_max
 
 # %% ../../nbs/foundations/pooling.ipynb #37e2520f
 def check_map(x: Tensor) -> None:
@@ -87,7 +89,7 @@ def missing(positions: int, k: int) -> int:
     "How many positions an axis lacks for one window; as a size or, traced, as a tensor."
     lacking = k - positions
     traced = isinstance(lacking, Tensor)
-    return lacking.clamp(min=0) if traced else torch.sym_max(lacking, 0)
+    return lacking.clamp(min=0) if traced else sym_max(lacking, 0)
 
 
 def filled(x: Tensor, k_h: int, k_w: int, value: float) -> Tensor:
@@ -106,5 +108,5 @@ def window_maximum(
         return global_maximum(x)
     check_map(x)
     sides = tuple(fitting(window, n) for n in x.shape[2:])
-    u = x if is_fixed(x) else filled(x, *sides, -math.inf)
+    u = x if is_fixed(x) else filled(x, *sides, -inf)
     return F.max_pool2d(u, sides)
