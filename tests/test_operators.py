@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import scsa_book
 from scsa_book.attention import registry
 from scsa_book.operators import (
+    affine,
     channel_attention,
     choice,
     convolution,
@@ -51,6 +52,11 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
     kernel, bias, shares = (torch.randn(s, dtype=dtype) for s in ((C, C, 3, 3), (C,), (C,)))
     sub_gates = [torch.rand(B, C // 2, *s, dtype=dtype) for s in ((1, 1), (H, W))]
     return {
+        "add_product": (affine.add_product, (x, s_c, g)),
+        "normalise_channels": (
+            affine.normalise_channels,
+            (x.unflatten(1, (4, C // 4)), *torch.randn(2, C // 4, dtype=dtype), 1e-5),
+        ),
         "strip_means": (strips.strip_means, (x,)),
         "window_means": (windows.window_means, (x, 7, 4)),
         "window_means_whole": (windows.window_means, (x, H, W)),
@@ -88,7 +94,7 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
 
 
 CASES = (
-    "strip_means", "window_means", "window_means_whole", "gate_axes", "gate_axes_gradient",
+    "add_product", "normalise_channels", "strip_means", "window_means", "window_means_whole", "gate_axes", "gate_axes_gradient",
     "gate_in_turn", "gate_in_turn_gradient", "gate_sum", "gated_window_means", "gated_window_gradient",
     "gated_extremes", "gated_extremes_gradient", "mean_and_maximum", "gate_and_shuffle",
     "gate_and_shuffle_odd", "similarity_gates", "entropy", "pattern_sums", "convolve_strips",
@@ -111,7 +117,7 @@ def test_every_operator_has_a_case():
     modules = [sys.modules[n] for n in sorted(sys.modules) if n.startswith("scsa_book.operators.")]
     operators = {v for module in modules for v in vars(module).values() if hasattr(v, "forms")}
     assert operators == {example(case)[0] for case in CASES}
-    assert all(set(o.forms) <= {"cpu"} for o in operators)
+    assert all(set(o.forms) <= {"cpu", "cuda"} for o in operators)
 
 
 # ---- the same numbers
