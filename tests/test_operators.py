@@ -20,11 +20,13 @@ from scsa_book.operators import (
     channel_attention,
     choice,
     convolution,
+    descriptors,
     entropy,
     extremes,
     frequency,
     gated_windows,
     gating,
+    norm,
     strips,
     windows,
 )
@@ -69,6 +71,9 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
         "pattern_sums": (frequency.pattern_sums, (x, torch.randn(4, H, W, dtype=dtype))),
         "convolve_strips": (convolution.convolve_strips, (rows, columns, taps, biases)),
         "mixture_and_mean": (convolution.mixture_and_mean, (x, x.mean(2), kernel, bias, shares)),
+        "gate_sum_gradient": (gating.gate_sum_gradient, (g, x, s_c, s_p)),
+        "group_norm": (norm.group_norm, (x, factors[0].flatten(), shifts[0], 4, 1e-5)),
+        "descriptors": (descriptors.descriptors, (x, torch.outer(*2 * [torch.rand(5, dtype=dtype)]) / 9)),
         "channel_attention": (
             channel_attention.channel_attention,
             (x, factors, shifts, 2, True, lambda d, n: d**-0.5, 0.0),
@@ -82,6 +87,7 @@ CASES = (
     "gated_extremes", "gated_extremes_gradient", "entropy", "pattern_sums", "convolve_strips",
     "mixture_and_mean", "channel_attention",
 )  # fmt: skip
+WRITTEN = ("gate_sum_gradient", "group_norm", "descriptors")  # without a form for a CPU
 CASE = pytest.mark.parametrize("case", CASES)
 
 
@@ -98,7 +104,7 @@ def changed(args, change):
 def test_every_operator_has_a_case():
     modules = [sys.modules[n] for n in sorted(sys.modules) if n.startswith("scsa_book.operators.")]
     operators = {v for module in modules for v in vars(module).values() if hasattr(v, "forms")}
-    assert operators == {example(case)[0] for case in CASES}
+    assert operators == {example(case)[0] for case in (*CASES, *WRITTEN)}
     assert all(set(o.forms) <= {"cpu"} for o in operators)
 
 

@@ -26,6 +26,7 @@ from scsa_book.attention.base import (
     check_odd,
     check_positive,
 )
+from ..operators.descriptors import descriptors
 from ..operators.entropy import channel_entropy, global_entropy
 from ..operators.gating import gate_sum
 from ..operators.pooling import channel_average, channel_maximum
@@ -159,7 +160,10 @@ class ScaledEntropy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # the range of the entropies can be smaller than the spacing of half precision
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return scaled(self.entropy(wide), self.span, self.scope).to(x.dtype)
+        return self.rescaled(self.entropy(wide)).to(x.dtype)
+
+    def rescaled(self, h: Tensor) -> Tensor:
+        return scaled(h, self.span, self.scope)
 
 # %% ../../nbs/collaboration/cat.ipynb #ab897fcc
 INTERIORS, EXTERIORS = ("raw", "softmax", "none"), ("softmax", "raw")
@@ -224,8 +228,11 @@ class ChannelLogits(nn.Module):
 
     def forward(self, x: Tensor, smooth: Tensor | None = None) -> Tensor:
         smooth = self.low_pass(x) if smooth is None else smooth
-        outputs = self.perceptron(self.descriptors(x, smooth))
-        return self.interior(outputs).sum(1)[:, :, None, None]
+        return self.logits(self.descriptors(x, smooth))
+
+    def logits(self, z: Tensor) -> Tensor:
+        "From descriptors, (B, 3, C)."
+        return self.interior(self.perceptron(z)).sum(1)[:, :, None, None]
 
 # %% ../../nbs/collaboration/cat.ipynb #8815cdf3
 SUMMARIES = ("add", "stack")
@@ -263,7 +270,11 @@ class SpatialLogits(nn.Module):
 
     def forward(self, x: Tensor, smooth: Tensor | None = None) -> Tensor:
         smooth = self.low_pass(x) if smooth is None else smooth
-        p = self.interior(self.descriptors(x, smooth))
+        return self.logits(self.descriptors(x, smooth))
+
+    def logits(self, p: Tensor) -> Tensor:
+        "From descriptors, (B, 3, H, W)."
+        p = self.interior(p)
         return self.conv(p if self.stack else p.sum(1, keepdim=True))
 
 # %% ../../nbs/collaboration/cat.ipynb #e7b25b26
@@ -296,13 +307,22 @@ def combine_gates(
 class Collaboration(Attention):
     "Scales a map by the gates of `channel` and `spatial`, added or in sequence."
 
+    def described(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        "Descriptors of the channels, (B, 3, C), and of the positions, (B, 3, H, W)."
+        if self.joint:
+            z, p = (t.unbind() for t in descriptors(x, self.spatial.low_pass.kernel))
+            z = torch.stack([*z[:2], self.channel.entropy.rescaled(z[2])], 1)
+            p = torch.cat([-p[0], p[1], self.spatial.entropy.rescaled(p[2])], 1)
+            return z.flatten(2).to(x.dtype), p.to(x.dtype)
+        smooth, own = self.spatial.low_pass(x), self.channel.low_pass
+        z = self.channel.descriptors(x, smooth if own.along == "2d" else own(x))
+        return z, self.spatial.descriptors(x, smooth)
+
     def collaborate(self, x: Tensor) -> dict[str, Tensor]:
         "Both gates, times their exterior weights."
-        smooth = self.spatial.low_pass(x)
-        shared = self.channel.low_pass.along == "2d"
-        l_channel = self.channel(x, smooth if shared else None)
-        l_spatial = self.spatial(x, smooth)
-        return combine_gates(l_channel, l_spatial, self.exterior.weights(), self.fusion)
+        z, p = self.described(x)
+        logits = self.channel.logits(z), self.spatial.logits(p)
+        return combine_gates(*logits, self.exterior.weights(), self.fusion)
 
     def attend(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "The scaled map, and the gates."
@@ -397,6 +417,8 @@ class CAT(Collaboration):
             "spatial": SpatialLogits(*spatial, **kw),
         }
         self.fusion, both = fusion, fusion in FUSIONS[:2]
+        usual = ("proper", "2d", "zeros")  # what the operator of all descriptors computes
+        self.joint = (entropy, channel_filter, filter_border) == usual
         self.exterior = Factors(2, exterior, **kw) if both else None
         for name in parts if both else fusion.split("-"):
             self.add_module(name, parts[name])

@@ -16,6 +16,7 @@ from .base import Attention, Entry, check_choice
 from ..gates import check_gate, gate
 from ..operators.convolution import convolve_groups, convolve_strips
 from ..operators.gating import gate_axes
+from ..operators.norm import group_norm
 from ..operators.strips import strip_average
 
 # %% ../../nbs/synergy/smsa.ipynb #ed7817ac
@@ -23,8 +24,7 @@ class GroupNorm(nn.GroupNorm):
     "`nn.GroupNorm` that also takes groups of one number, and gives them its bias."
 
     def forward(self, x: Tensor) -> Tensor:
-        affine = self.weight, self.bias
-        return torch.group_norm(x, self.num_groups, *affine, self.eps)
+        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
 
 # %% ../../nbs/synergy/smsa.ipynb #483d13c8
 def check_kernels(kernels: tuple[int, ...], channels: int, owner: str) -> None:
