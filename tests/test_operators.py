@@ -67,6 +67,7 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
             extremes.gated_extremes_gradient,
             (g[:, :2].contiguous(), x, s_c),
         ),
+        "largest": (extremes.largest, (x, 1)),
         "entropy": (entropy.entropy, (x, 1)),
         "pattern_sums": (frequency.pattern_sums, (x, torch.randn(4, H, W, dtype=dtype))),
         "convolve_strips": (convolution.convolve_strips, (rows, columns, taps, biases)),
@@ -84,7 +85,7 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
 CASES = (
     "strip_means", "window_means", "window_means_whole", "gate_axes", "gate_axes_gradient",
     "gate_in_turn", "gate_in_turn_gradient", "gate_sum", "gated_window_means", "gated_window_gradient",
-    "gated_extremes", "gated_extremes_gradient", "entropy", "pattern_sums", "convolve_strips",
+    "largest", "gated_extremes", "gated_extremes_gradient", "entropy", "pattern_sums", "convolve_strips",
     "mixture_and_mean", "channel_attention",
 )  # fmt: skip
 WRITTEN = ("gate_sum_gradient", "group_norm", "descriptors")  # without a form for a CPU

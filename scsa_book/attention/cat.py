@@ -109,7 +109,7 @@ class LowPass(nn.Module):
 # %% ../../nbs/collaboration/cat.ipynb #d2214038
 EPS = 1e-5  # nats: added to the range of the entropies
 SPANS = ("unit", "signed", "raw")
-SCOPES = {"sample": (1, 2, 3), "batch": (0, 1, 2, 3)}
+SCOPES = {"sample": 1, "batch": 0}  # the first axis of the range
 
 # %% ../../nbs/collaboration/cat.ipynb #ed0aa91d
 def scaled(
@@ -120,8 +120,8 @@ def scaled(
     "Entropies rescaled by their minimum and maximum; equal ones give the lower end."
     if span == "raw" or h.numel() == 0:
         return h
-    axes = SCOPES[scope]
-    low, high = h.amin(axes, keepdim=True), h.amax(axes, keepdim=True)
+    every = h.flatten(SCOPES[scope])
+    low, high = (t.values.view(-1, 1, 1, 1) for t in (every.min(-1), every.max(-1)))
     u = (h - low) / (high - low + EPS)
     return 2 * u - 1 if span == "signed" else u
 

@@ -229,7 +229,7 @@ def like_gates(z: Tensor, packed: Tensor, heads: int, shuffle: bool, scale: floa
 
 @kernels(attend_channels, gradient=attend_channels_gradient, fake=like_gates)
 def attend_channels_gpu(z: Tensor, packed: Tensor, heads: int, shuffle: bool, scale: float) -> Tensor:
-    z = dense(z)
+    z, packed = dense(z), packed.contiguous()
     return attend(z, packed, *attention_sizes(z, packed, heads, shuffle, scale), z.dtype)[0]
 
 # %% ../../nbs/operators/gpu-channel-attention.ipynb #ed00897d
@@ -243,7 +243,7 @@ def like_map_and_parameters(
 def attend_channels_gradient_gpu(
     g: Tensor, z: Tensor, packed: Tensor, heads: int, shuffle: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    z, g = dense(z), g.contiguous()
+    z, g, packed = dense(z), g.contiguous(), packed.contiguous()
     sizes, programs = attention_sizes(z, packed, heads, shuffle, scale)
     o, lse = attend(z, packed, sizes, programs, torch.float32)
     to_z = [torch.empty_like(z, dtype=torch.float32) for _ in range(2)]

@@ -149,7 +149,7 @@ def like_strip(z: Tensor, packed: Tensor, sizes: list[int]) -> Tensor:
 @kernels(convolve_packed, gradient=convolve_packed_gradient, fake=like_strip)
 def convolve_packed_gpu(z: Tensor, packed: Tensor, sizes: list[int]) -> Tensor:
     z, (numbers, blocks, p, k) = dense(z), packed_sizes(z, sizes)
-    u, count = torch.empty_like(z), numbers[3] * blocks
+    u, count, packed = torch.empty_like(z), numbers[3] * blocks, packed.contiguous()
     grid = (len(z) * len(sizes) * count,)
     convolve_kernel[grid](z, packed, u, *numbers, count, tuple(sizes), is_channels_last(z), p, k)
     return u
@@ -166,7 +166,7 @@ def convolve_packed_gradient_gpu(
     g: Tensor, z: Tensor, packed: Tensor, sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
     z, (numbers, blocks, p, k) = dense(z), packed_sizes(z, sizes)
-    (g,), to_z = following(z, g), torch.empty_like(z)
+    (g,), to_z, packed = following(z, g), torch.empty_like(z), packed.contiguous()
     partial = torch.empty(len(z), packed.numel(), device=z.device)
     convolve_gradient_kernel[(len(z) * len(sizes) * blocks,)](
         g, z, packed, to_z, partial, *numbers, blocks, tuple(sizes), is_channels_last(z), p, k

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'gate_axes_kernel', 'gate_axes_gpu', 'spread_row', 'axes_gradient_kernel', 'strip_tiles', 'partial_sums',
-           'axes_gradient', 'gate_axes_gradient_gpu', 'gated_window_gradient_gpu', 'two_gates', 'two_gates_kernel',
-           'through_two_gates', 'gate_in_turn_gpu', 'gate_sum_gpu', 'two_gates_gradient_kernel', 'two_gates_gradient',
-           'gate_in_turn_gradient_gpu', 'gate_sum_gradient_gpu']
+           'axes_gradient', 'like_axes', 'like_axes_of_windows', 'gate_axes_gradient_gpu', 'gated_window_gradient_gpu',
+           'two_gates', 'two_gates_kernel', 'through_two_gates', 'gate_in_turn_gpu', 'gate_sum_gpu',
+           'two_gates_gradient_kernel', 'two_gates_gradient', 'gate_in_turn_gradient_gpu', 'gate_sum_gradient_gpu']
 
 # %% ../../nbs/operators/gpu-gating.ipynb #bc25fd11
 import torch
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gating
-from .gated_windows import gated_window_gradient, like_factors
+from .gated_windows import gated_window_gradient
 from .gpu import added, blocks_of, dense, following, kernels, offsets, power, tile
 from .memory import is_channels_last
 
@@ -87,7 +87,7 @@ ROWS = 32  # of a program
 def strip_tiles(x: Tensor) -> tuple[int, int, int, int, int, int]:
     "Rows of a program, programs down and across, blocks of channels; positions and channels of a tile."
     C, H, W = x.shape[1:]
-    p, k = blocks_of(W, C, 2048)
+    p, k = blocks_of(W, C, 2048 if is_channels_last(x) else 1024)  # 32 bytes side by side, or a row
     return min(H, ROWS), triton.cdiv(H, ROWS), triton.cdiv(W, p), triton.cdiv(C, k), p, k
 
 
@@ -113,14 +113,26 @@ def axes_gradient(
     return to_x, added(to_h, kinds[0]), added(to_w, kinds[1])
 
 # %% ../../nbs/operators/gpu-gating.ipynb #98451411
-@kernels(gating.gate_axes_gradient)
+def like_axes(g: Tensor, x: Tensor, s_h: Tensor, s_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Memory for the gradients, in the order of the map."
+    x = dense(x)
+    return torch.empty_like(x), *(torch.empty_like(t) for t in following(x, s_h, s_w))
+
+
+def like_axes_of_windows(
+    g: Tensor, x: Tensor, s_h: Tensor, s_w: Tensor, k_h: int, k_w: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return like_axes(g, x, s_h, s_w)
+
+# %% ../../nbs/operators/gpu-gating.ipynb #d9b5aed6
+@kernels(gating.gate_axes_gradient, fake=like_axes)
 def gate_axes_gradient_gpu(
     g: Tensor, x: Tensor, s_h: Tensor, s_w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return axes_gradient(g, x, s_h, s_w, 1, 1, False)
 
 
-@kernels(gated_window_gradient, fake=like_factors)
+@kernels(gated_window_gradient, fake=like_axes_of_windows)
 def gated_window_gradient_gpu(
     g: Tensor, x: Tensor, s_h: Tensor, s_w: Tensor, k_h: int, k_w: int
 ) -> tuple[Tensor, Tensor, Tensor]:

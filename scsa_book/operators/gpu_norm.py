@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .choice import operator
-from .gpu import added, blocks_of, dense, following, kernels, offsets
+from .gpu import blocks_of, dense, following, kernels, offsets
 from .memory import is_channels_last
 from .norm import group_norm
 
@@ -128,7 +128,7 @@ def like_first(u: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
 @kernels(group_norm, gradient=group_norm_gradient, fake=like_first)
 def group_norm_gpu(u: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     u, (sizes, p, k) = dense(u), group_sizes(u, groups)
-    y = torch.empty_like(u)
+    y, weight, bias = torch.empty_like(u), weight.contiguous(), bias.contiguous()
     grid = (len(u) * groups,)
     group_norm_kernel[grid](u, weight, bias, y, eps, *sizes, is_channels_last(u), p, k)
     return y
@@ -145,10 +145,9 @@ def group_norm_gradient_gpu(
     g: Tensor, u: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     u, (sizes, p, k) = dense(u), group_sizes(u, groups)
-    (g,), to_u, B = following(u, g), torch.empty_like(u), len(u)
+    (g,), to_u, B, weight = following(u, g), torch.empty_like(u), len(u), weight.contiguous()
     partial = torch.empty(2, B, u.shape[1], device=u.device)
     group_norm_gradient_kernel[(B * groups,)](
         g, u, weight, to_u, partial, eps, B, *sizes, is_channels_last(u), p, k
     )
-    to_weight, to_bias = partial.sum(1)
-    return to_u, to_weight.to(weight.dtype), to_bias.to(bias.dtype)
+    return to_u, partial[0].sum(0).to(weight.dtype), partial[1].sum(0).to(bias.dtype)
