@@ -7,8 +7,9 @@ __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot',
            'Compiled', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters', 'title',
            'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory', 'of_this_interpreter',
            'kernel', 'execute', 'is_locked', 'in_words', 'make_run', 'run', 'sweep', 'job', 'beside_the_claim',
-           'evaluation_page', 'execute_evaluation', 'evaluate', 'names_in_use', 'list_names', 'counting', 'recounting',
-           'ledger', 'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
+           'evaluation_page', 'execute_evaluation', 'evaluate', 'keep', 'names_in_use', 'list_names', 'counting',
+           'recounting', 'ledger', 'modules', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found',
+           'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -427,6 +428,24 @@ def evaluate(
     asked["name"] = None if run else evaluation.network  # guessed once
     asked |= {"data_root": str(data_root)} if data_root else {}
     print(beside_the_claim(execute_evaluation({**asked, **given}, evaluation, execution)))
+
+# %% ../nbs/reference/command-line.ipynb #08746a66
+@app.command()
+def keep(
+    run_id: Annotated[str, typer.Argument(help="Id of a finished run.")],
+    path: Annotated[Path, typer.Argument(help="File for the weights, .safetensors.")],
+    data_root: DataRoot = None,
+) -> None:
+    "Write the final weights of a run and, beside them, its result: what `evaluate` takes."
+    from scsa_book.training.config import Execution
+    from scsa_book.training.keep import keep
+    from scsa_book.training.result import all_results
+
+    found = [result for result in all_results() if result.id == run_id]
+    if not found:
+        raise ValueError(f"run_id={run_id!r} is no finished run; `scsa-book list results` has their ids")
+    execution = Execution(data_root=data_root) if data_root else Execution()
+    print(f"written: {keep(found[0], path, execution)}")
 
 # %% ../nbs/reference/command-line.ipynb #5fb3ad5b
 def names_in_use() -> dict[str, list[str]]:

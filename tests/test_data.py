@@ -413,3 +413,47 @@ def test_sets_in_memory_need_no_workers_on_a_cpu(birds, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert loading.good_workers(load_dataset("fashion-mnist").train) == 0
     assert loading.good_workers(load_dataset("folder:birds", birds).train) >= 1
+
+
+def test_crops_of_a_batch_are_those_of_each_image():
+    x = torch.randint(256, (300, 2, 5, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    augment = images.CropAndFlip(3)
+    top, left, mirrored = augment.draw(300, 11)
+    padded = torch.nn.functional.pad(x, (3, 3, 3, 3))
+    for got, image, t, l, m in zip(augment(x, 11), padded, top, left, mirrored, strict=True):
+        crop = image[:, t : t + 5, l : l + 9]
+        assert torch.equal(got, crop.flip(-1) if m else crop)
+    for offsets in (top, left):  # every offset is drawn about as often as the others
+        assert offsets.bincount(minlength=7).min() > 20 and offsets.max() == 6
+    assert 110 < mirrored.sum() < 190
+
+
+def test_every_batch_of_every_epoch_and_process_has_its_own_augmentation():
+    seeds = []
+    for epoch in range(3):
+        for rank in range(2):
+            sampler = loading.EpochSampler(64, 16, seed=0, rank=rank, world=2)
+            sampler.set_epoch(epoch)
+            seeds += [batch.seed for batch in sampler]
+    assert len(set(seeds)) == len(seeds) == 3 * 2 * 4
+
+
+def test_images_on_an_accelerator_are_indexed_and_augmented_there():
+    train = load_dataset("fashion-mnist", train_images=64).train.to("meta")
+    module = loading.loader(train, loading.EpochSampler(64, 16, seed=0), workers=2)
+    assert (module.num_workers, module.pin_memory) == (0, False)
+    x, y = next(iter(module))  # raises where a tensor of the CPU meets one of the device
+    assert x.device.type == y.device.type == "meta" and x.shape == (16, 1, 28, 28)
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar100"])
+def test_options_of_folders_are_refused_for_images_of_a_fixed_size(name):
+    with pytest.raises(ValueError, match=f"size.*are for imagenet and folder:NAME; .* of {name} have"):
+        load_dataset(name, size=64)
+
+
+def test_folders_of_images_have_a_size_and_a_least_crop(birds):
+    found = load_dataset("folder:birds", birds, size=32, min_scale=1)
+    assert found.train[BatchIndices(torch.tensor([0]))][0].shape == (1, 3, 32, 32)
+    random_crop = found.train.transform.transforms[0]
+    assert tuple(random_crop.size) == (32, 32) and tuple(random_crop.scale) == (1, 1)

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
 
 from scsa_book import cli
@@ -36,6 +37,7 @@ from scsa_book.training.evaluation import (
     verdict_of,
     wilson,
 )  # fmt: skip
+from scsa_book.training.keep import keep, kept_networks, load_kept
 from scsa_book.training.run import fit, save_result
 from scsa_book.training.tasks import TASKS, build_network
 
@@ -285,3 +287,47 @@ def test_a_mistake_in_the_command_is_one_line(capsys):
         cli.main(["evaluate", "--data", "imagenette"])
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1 and "unknown dataset" in said
+
+
+# --- networks that are kept
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_kept_network_evaluates_as_its_run_states(precision, where, tmp_path):
+    small = {"train_images": 64, "test_images": 150, "epochs": 1, "warmup_epochs": 0}
+    config = configure("sample", attention="scsa", precision=precision, channels_last=True, **small)
+    images = TASKS["classify"].load(config, None)
+    network = TASKS["classify"].build(config, 10)
+    run = save_result(config, images, fit(config, network, images, where), where)
+    path = keep(run, tmp_path / "kept.safetensors", where)
+    result, _, _, again = whole(path, where, batch_size=50)
+    kept = load_kept(path)
+    assert result.metrics == kept.run.kept and {c.verdict for c in result.claims.values()} == {"equal"}
+    assert kept.run.final == run.final and abs(run.final["top1"] - kept.run.kept["top1"]) < 2
+    weights = load_file(path)
+    assert (weights["conv1.weight"].dtype, weights["bn1.weight"].dtype) == (torch.float16, torch.float32)
+    assert kept.classes == images.classes and not kept.network.training
+    state = again.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in kept.network.state_dict().items())
+
+
+def test_what_is_no_kept_network_is_refused(tmp_path, where):
+    with pytest.raises(ValueError, match="there is no such file"):
+        load_kept(tmp_path / "none.safetensors")
+    save_file({"w": torch.ones(1)}, tmp_path / "w.safetensors")
+    shutil.copy(embedded(DEFAULT).with_suffix(".json"), tmp_path / "w.json")
+    with pytest.raises(ValueError, match="does not name its classes"):
+        load_kept(tmp_path / "w.safetensors")
+    run = load_kept(embedded(DEFAULT)).run
+    with pytest.raises(ValueError, match=r"must end with \.safetensors"):
+        keep(run, tmp_path / "w.pth", where)
+    with pytest.raises(ValueError, match="no checkpoint of .* weights are kept where the run was made"):
+        keep(run, tmp_path / "w.safetensors", where)
+
+
+@pytest.mark.parametrize("path", kept_networks(), ids=lambda path: path.stem)
+def test_networks_of_the_book_are_small_and_can_be_loaded(path):
+    assert path.stat().st_size <= 2e6
+    kept = load_kept(path)
+    image = torch.zeros(1, *TASKS["classify"].facts(kept.run.config.dataset).shape)
+    assert kept.network(image).shape == (1, len(kept.classes))

@@ -663,6 +663,10 @@ def test_the_error_of_a_part_says_how_to_load_the_whole():
     whole, part = models.resnet18(), Stages(models.resnet18())
     assert 'skip=["fc.*"]' in message(load_stock, part, whole.state_dict())
     assert len(load_stock(part, whole.state_dict(), skip=["fc.*"]).loaded) == 120
+    averaged = {k: v for k, v in whole.state_dict().items() if not k.startswith("fc.")}
+    averaged["n_averaged"] = torch.tensor(3)
+    for skip in ("n_averaged", "n_averaged.*"):  # the entry itself, and all below a part of that name
+        assert len(load_stock(part, averaged, skip=["fc.*", skip]).loaded) == 120
     error = message(load_stock, part, whole.state_dict(), skip="head.*")
     assert "skip='head.*' matches no name" in error
 

@@ -585,31 +585,32 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import build
-book, where = Path(sys.argv[1]), sys.argv[2]
+book, where, how = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if where == "writing":
     import preview
     render = preview.render
     def until_the_second(path, *rest):
         if path.name == "page.ipynb":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
         return render(path, *rest)
     preview.render = until_the_second
 else:
     rename = Path.rename
     def between(path, target):
         if path.name == "_preview_new":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
         return rename(path, target)
     Path.rename = between
 build.render(None, book)
 """
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
 @pytest.mark.parametrize("where", ["writing", "between the renames"])
-def test_a_build_that_is_killed_shows_no_half_of_a_site_and_goes_on(shown, where):
-    command = [sys.executable, "-c", KILLED, str(shown), where]
+def test_a_build_that_is_killed_shows_no_half_of_a_site_and_goes_on(shown, where, how):
+    command = [sys.executable, "-c", KILLED, str(shown), where, str(int(how))]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT / "nbs/_site")})
-    assert done.returncode == -signal.SIGKILL
+    assert done.returncode == -how
     if where == "writing":
         assert "Small" in page_of(shown)
     else:

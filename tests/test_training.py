@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from contextlib import redirect_stdout
 from datetime import timedelta
 from io import StringIO
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from scsa_book.attention import registry
 from scsa_book.data.images import TensorImages, load_dataset
@@ -420,6 +422,23 @@ def test_of_a_finished_run_the_last_checkpoint_is_kept_and_used(stopped, where):
     assert [p.name for p in folder.glob("*.ckpt")] == ["epoch=0003.ckpt"]
     again = train(stopped, where)
     assert again.epochs == done.epochs and bytes_of(again.network) == bytes_of(done.network)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_process_removes_and_renames_checkpoints(rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    names = ["epoch=0000.ckpt", "epoch=0001.ckpt", "epoch=0002.ckpt"]
+    for name in names[:2]:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("data", "content")
+    (tmp_path / names[2]).write_bytes(b"cut off")
+    assert checkpoints.newest_checkpoint(tmp_path).name == names[1]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == (names[:2] + ["epoch=0002.damaged"] if rank == 0 else names)
+    for clean, first in ((checkpoints.keep_last, [names[1]]), (checkpoints.forget, [])):
+        clean(tmp_path)
+        left = sorted(path.name for path in tmp_path.iterdir())
+        assert left == (first if rank == 0 else names)
 
 
 def test_again_forgets_what_was_there(where):

@@ -4,28 +4,32 @@
 
 # %% auto #0
 __all__ = ['DAMAGED', 'AWAY', 'SIXTEEN', 'BITS', 'PHOTOMETRIC', 'RANGE', 'ORIENTATION', 'TURNED', 'IMAGE_SUFFIXES', 'LAYOUT',
-           'FOREIGN', 'IMAGENET', 'FACTS', 'BatchIndices', 'seeded', 'TensorImages', 'open_image', 'from_sixteen',
-           'as_rgb', 'orientation', 'shown_size', 'read_image', 'FolderImages', 'ours', 'below', 'class_folders',
-           'files_of_classes', 'list_images', 'ImageDataset', 'fingerprint_of_tensors', 'fingerprint_of_files', 'Facts',
-           'folder_name', 'facts', 'fashion_mnist', 'check_cifar100', 'download_cifar100', 'as_tensors', 'cifar100',
-           'crops', 'image_folder', 'subset', 'load_dataset']
+           'FOREIGN', 'IMAGENET', 'FACTS', 'BatchIndices', 'seeded', 'TensorImages', 'CropAndFlip', 'open_image',
+           'from_sixteen', 'as_rgb', 'orientation', 'shown_size', 'read_image', 'FolderImages', 'ours', 'below',
+           'class_folders', 'files_of_classes', 'list_images', 'ImageDataset', 'fingerprint_of_tensors',
+           'fingerprint_of_files', 'Facts', 'folder_name', 'facts', 'fashion_mnist', 'check_cifar100',
+           'download_cifar100', 'as_tensors', 'cifar100', 'ImageOptions', 'crops', 'image_folder', 'subset',
+           'check_options', 'load_dataset']
 
 # %% ../../nbs/training/data.ipynb #df09a970
 import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
+import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from ..attention.registry import unknown
 from . import fashion
+from ..options import Number, Options, Whole
 from ..paths import DataError, data_root as chosen_root, download_folder
 
 # %% ../../nbs/training/data.ipynb #cbd803a6
@@ -48,13 +52,13 @@ def seeded(seed: int):
 
 # %% ../../nbs/training/data.ipynb #dd08a94e
 class TensorImages(Dataset):
-    "Images in memory: uint8 (N, C, H, W) and int64 (N,)."
+    "Images in memory: uint8 (N, C, H, W) and int64 (N,), both on one device, which batches are on too."
 
     def __init__(
         self,
         images: Tensor,
         labels: Tensor,
-        augment: Callable | None = None,  # augmentation of one image, bytes to bytes
+        augment: Callable | None = None,  # augmentation of a batch from a seed, bytes to bytes
     ):
         self.images, self.labels, self.augment = images, labels, augment
 
@@ -62,11 +66,36 @@ class TensorImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, batch: BatchIndices) -> tuple[Tensor, Tensor]:
-        x, y = self.images[batch.indices], self.labels[batch.indices]
-        if self.augment:
-            with seeded(batch.seed):
-                x = torch.stack([self.augment(image) for image in x])
-        return x, y
+        indices = batch.indices.to(self.images.device)
+        x, y = self.images[indices], self.labels[indices]
+        return self.augment(x, batch.seed) if self.augment else x, y
+
+    def to(self, device: torch.device | str) -> "TensorImages":
+        "The same dataset with its tensors on `device`."
+        return TensorImages(self.images.to(device), self.labels.to(device), self.augment)
+
+# %% ../../nbs/training/data.ipynb #790e2137
+class CropAndFlip:
+    "Random crops of zero-padded images and random horizontal flips, for a whole batch at once."
+
+    def __init__(
+        self,
+        padding: int = 0,  # zeros on each side before the crop; 0: flips alone
+    ):
+        self.padding = padding
+
+    def draw(self, batch: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        "Of each image: first row and column of the crop, and whether it is mirrored."
+        random = torch.Generator().manual_seed(seed)
+        top, left = torch.randint(2 * self.padding + 1, (2, batch), generator=random)
+        return top, left, torch.randint(2, (batch,), generator=random, dtype=torch.bool)
+
+    def __call__(self, x: Tensor, seed: int) -> Tensor:  # (B, C, H, W) -> the same shape
+        top, left, mirrored = (drawn.to(x.device) for drawn in self.draw(len(x), seed))
+        padded = F.pad(x, [self.padding] * 4)
+        crops = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # (B, C, top, left, H, W)
+        chosen = crops[torch.arange(len(x), device=x.device), :, top, left]
+        return torch.where(mirrored[:, None, None, None], chosen.flip(3), chosen)
 
 # %% ../../nbs/training/data.ipynb #9babeb79
 DAMAGED = "Replace or remove the file."
@@ -311,7 +340,7 @@ def fashion_mnist(folder: Path | None = None) -> ImageDataset:
     known = FACTS["fashion-mnist"]
     return ImageDataset(
         "fashion-mnist",
-        TensorImages(train[0][:, None], train[1], v2.RandomHorizontalFlip()),
+        TensorImages(train[0][:, None], train[1], CropAndFlip()),
         TensorImages(test[0][:, None], test[1]),
         fashion.CLASSES, known.mean, known.std,
         fingerprint_of_tensors(*train, *test),
@@ -357,25 +386,33 @@ def cifar100(root: Path | str | None = None) -> ImageDataset:
         download_cifar100(location)
     check_cifar100(location)
     train, test = CIFAR100(location, train=True), CIFAR100(location, train=False)
-    known, augment = FACTS["cifar100"], [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+    known = FACTS["cifar100"]
     x, y = as_tensors(train)
     x_test, y_test = as_tensors(test)
     return ImageDataset(
-        "cifar100", TensorImages(x, y, v2.Compose(augment)), TensorImages(x_test, y_test),
+        "cifar100", TensorImages(x, y, CropAndFlip(padding=4)), TensorImages(x_test, y_test),
         tuple(train.classes), known.mean, known.std,
         fingerprint_of_tensors(x, y, x_test, y_test),
     )  # fmt: skip
 
 # %% ../../nbs/training/data.ipynb #7cd81faa
-def crops(size: int = 224) -> tuple[Callable, Callable]:
+class ImageOptions(Options):
+    "The options of `imagenet` and of `folder:NAME`."
+
+    size: Whole = Field(224, ge=8)  # height and width of an image, in pixels
+    min_scale: Number = Field(0.08, gt=0, le=1)  # least area of a training crop, as a share
+
+
+def crops(options: ImageOptions = ImageOptions()) -> tuple[Callable, Callable]:  # noqa: B008
     "The training and evaluation transforms of ImageNet, PIL image to uint8 (3, size, size)."
-    train = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    size, scale = options.size, (options.min_scale, 1)
+    train = [v2.RandomResizedCrop(size, scale), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     test = [v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()]
     return v2.Compose(train), v2.Compose(test)
 
 # %% ../../nbs/training/data.ipynb #85732295
-def image_folder(name: str, root: Path | str | None = None) -> ImageDataset:
-    "The dataset `imagenet` or `folder:NAME` below the data root."
+def image_folder(name: str, root: Path | str | None = None, **options) -> ImageDataset:
+    "The dataset `imagenet` or `folder:NAME` below the data root, with `ImageOptions`."
     known = facts(name)
     if (location := chosen_root(root)) is None:
         unset = "neither data_root nor SCSA_BOOK_DATA is set"
@@ -383,7 +420,7 @@ def image_folder(name: str, root: Path | str | None = None) -> ImageDataset:
     folder = location / name.removeprefix("folder:")
     files, notes = files_of_classes(folder)
     train, test = (list_images(files[split]) for split in ("train", "val"))
-    for_train, for_test = crops()
+    for_train, for_test = crops(ImageOptions(**options))
     return ImageDataset(
         name, FolderImages(*train, for_train), FolderImages(*test, for_test),
         tuple(files["train"]), known.mean, known.std,
@@ -402,17 +439,28 @@ def subset(dataset: Dataset, n: int | None) -> Dataset:
     return FolderImages(paths, dataset.labels[chosen], dataset.transform)
 
 # %% ../../nbs/training/data.ipynb #51c0db39
+def check_options(name: str, options: Mapping) -> None:
+    "ValueError for an unknown dataset, or for options of one whose images have a fixed size."
+    height, width = facts(name).shape[1:]
+    if options and name != "imagenet" and not folder_name(name, "folder:"):
+        raise ValueError(
+            f"data_options={dict(options)} are for imagenet and folder:NAME; the images of {name} have "
+            f"{height} x {width} pixels"
+        )
+
+# %% ../../nbs/training/data.ipynb #6f849195
 def load_dataset(
     name: str,  # fashion-mnist, cifar100, imagenet or folder:NAME
     root: Path | str | None = None,  # the data root; SCSA_BOOK_DATA by default
     train_images: int | None = None,  # number of training images; None: all
     test_images: int | None = None,  # number of test images; None: all
+    **options,  # of a folder of images: ImageOptions
 ) -> ImageDataset:
     "A dataset by its name; DataError if it is missing or damaged, ValueError if unknown."
-    facts(name)
+    check_options(name, options)
     if name == "fashion-mnist":
         found = fashion_mnist()
     else:
-        found = cifar100(root) if name == "cifar100" else image_folder(name, root)
+        found = cifar100(root) if name == "cifar100" else image_folder(name, root, **options)
     train, test = subset(found.train, train_images), subset(found.test, test_images)
     return replace(found, train=train, test=test)

@@ -200,7 +200,8 @@ def load_stock(
     _holds_values(own, state_dict)
     state_dict = _renewed(network, state_dict)
     placed = [state_name(network, name) for name in attentions(network)]
-    skipped = {k for k in chain(own, state_dict) if matches(k, skip)}
+    # a pattern for all that is below a name means an entry of that name as well
+    skipped = {k for k in chain(own, state_dict) if matches(k, skip) or matches(f"{k}.", skip)}
     replaced = tuple(k for k in _replaced(network, state_dict) if k not in own)
     given = {k: v for k, v in state_dict.items() if k not in {*skipped, *replaced}}
     required = {k: v for k, v in own.items() if k not in skipped}

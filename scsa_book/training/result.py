@@ -69,6 +69,7 @@ class RunResult(BaseModel):
     id: str
     config: RunConfig
     final: dict[str, float]  # metrics of the last epoch
+    kept: dict[str, float] | None = None  # of the weights in a file of `keep`, in float32
     epochs: list[Epoch]
     parameters: int
     seconds: float  # of all epochs, also of those before an interruption
@@ -147,9 +148,9 @@ def disk_error(path: Path, needed: int, error: OSError | str, parameter: str = "
     return DiskError(f"cannot write {path} ({why}): {space}{remedy}")
 
 # %% ../../nbs/training/result.ipynb #7b802c45
-def write_atomic(path: Path, text: str) -> Path:
-    "Write `text` to `path`, completely or not at all; DiskError gives the reason of a failure."
-    content = text.encode()
+def write_atomic(path: Path, content: str | bytes) -> Path:
+    "Write `content` to `path`, completely or not at all; DiskError gives the reason of a failure."
+    content = content.encode() if isinstance(content, str) else content
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -213,7 +213,8 @@ def fit(
         if execution.again:
             forget(folder)
         trainer = make_trainer(config, execution, folder, history)
-        trainer.fit(task, data, ckpt_path=newest_checkpoint(folder))
+        start = None if execution.again else newest_checkpoint(folder)
+        trainer.fit(task, data, ckpt_path=start)
         if len(history.epochs) < config.epochs:
             where = f"stopped after epoch {len(history.epochs)}"
             raise RunInterrupted(f"{where}; the same call resumes there")
