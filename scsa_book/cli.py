@@ -572,9 +572,9 @@ def gpu(
     seconds: Annotated[float, typer.Option(help="No further compilation begins after that.")] = 330.0,
 ) -> None:
     "Everything that the book claims about a GPU, in six minutes."
-    from scsa_book.evidence.gpu import bench_gpu
+    from scsa_book.evidence.gpu import gpu_command
 
-    bench_gpu(device, seconds)
+    gpu_command(device, seconds)
 
 
 @bench.command()

@@ -1,4 +1,4 @@
-"""Kernels of a GPU on a machine without one: in Triton's interpreter, built ahead of time, and where Triton is missing."""
+"""Kernels of a GPU on a machine without one: interpreted, built ahead of time, and without Triton."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def test_every_kernel_is_built_for_a_gpu_and_fits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8, 256, 56, 56), (8, 2048, 7, 7), (2, 12, 1, 1), (2, 40, 33, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 256, 56, 56), (8, 2048, 7, 7), (2, 12, 1, 1), (2, 40, 33, 130)])
 def test_every_kernel_fits_every_gpu(shape):
     kernels = pytest.importorskip("scsa_book.evidence.kernels")
     assert_fits(kernels, kernels.build_all(shape=shape).rows)
@@ -108,7 +108,8 @@ def test_the_environment_forces_the_written_form():
 
 def test_a_cpu_without_a_gpu_imports_no_triton():
     ask = "import sys; from scsa_book.attention import registry; import torch; "
-    ask += "registry.create('scsa', 32)(torch.randn(1, 32, 8, 8)); print('scsa_book.operators.gpu' in sys.modules)"
+    ask += "registry.create('scsa', 32)(torch.randn(1, 32, 8, 8)); "
+    ask += "print('scsa_book.operators.gpu' in sys.modules)"
     assert in_a_process("-c", ask).strip().endswith("False")
 
 

@@ -6,8 +6,8 @@
 __all__ = ['FILTERS', 'BORDERS', 'EPS', 'SPANS', 'SCOPES', 'ENTROPIES', 'INTERIORS', 'EXTERIORS', 'SUMMARIES', 'FUSIONS',
            'CHOICES', 'ENTRY', 'gaussian', 'check_sigma', 'filter_layout', 'reflect_pad', 'LowPass', 'scaled',
            'cross_axis_entropy', 'cross_axis_global', 'cross_axis_channel', 'ScaledEntropy', 'Factors',
-           'make_perceptron', 'ChannelLogits', 'SpatialLogits', 'combine_gates', 'Collaboration', 'check_options',
-           'CAT', 'ablation']
+           'make_perceptron', 'ChannelLogits', 'SpatialLogits', 'combine_gates', 'together', 'described',
+           'Collaboration', 'check_options', 'CAT', 'ablation']
 
 # %% ../../nbs/collaboration/cat.ipynb #b77449bd
 import math
@@ -304,23 +304,29 @@ def combine_gates(
     return {"channel": s_channel, "spatial": s_spatial}
 
 # %% ../../nbs/collaboration/cat.ipynb #0bedfb28
+def together(x: Tensor, channel: ChannelLogits, spatial: SpatialLogits) -> tuple[Tensor, Tensor]:
+    "The descriptors of both parts, which have one filter and proper entropies: (B, 3, C), (B, 3, H, W)."
+    z, p = (t.unbind() for t in descriptors(x, spatial.low_pass.kernel))
+    z = torch.stack([*z[:2], channel.entropy.rescaled(z[2])], 1)
+    p = torch.cat([-p[0], p[1], spatial.entropy.rescaled(p[2])], 1)
+    return z.flatten(2).to(x.dtype), p.to(x.dtype)
+
+
+def described(gates: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    "Descriptors of the channels, (B, 3, C), and of the positions, (B, 3, H, W)."
+    if gates.joint:
+        return together(x, gates.channel, gates.spatial)
+    smooth, own = gates.spatial.low_pass(x), gates.channel.low_pass
+    z = gates.channel.descriptors(x, smooth if own.along == "2d" else own(x))
+    return z, gates.spatial.descriptors(x, smooth)
+
+# %% ../../nbs/collaboration/cat.ipynb #47ebef8b
 class Collaboration(Attention):
     "Scales a map by the gates of `channel` and `spatial`, added or in sequence."
 
-    def described(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "Descriptors of the channels, (B, 3, C), and of the positions, (B, 3, H, W)."
-        if self.joint:
-            z, p = (t.unbind() for t in descriptors(x, self.spatial.low_pass.kernel))
-            z = torch.stack([*z[:2], self.channel.entropy.rescaled(z[2])], 1)
-            p = torch.cat([-p[0], p[1], self.spatial.entropy.rescaled(p[2])], 1)
-            return z.flatten(2).to(x.dtype), p.to(x.dtype)
-        smooth, own = self.spatial.low_pass(x), self.channel.low_pass
-        z = self.channel.descriptors(x, smooth if own.along == "2d" else own(x))
-        return z, self.spatial.descriptors(x, smooth)
-
     def collaborate(self, x: Tensor) -> dict[str, Tensor]:
         "Both gates, times their exterior weights."
-        z, p = self.described(x)
+        z, p = described(self, x)
         logits = self.channel.logits(z), self.spatial.logits(p)
         return combine_gates(*logits, self.exterior.weights(), self.fusion)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'RANKINGS', 'AUTHORS', 'ENTRY', 'cosines', 'selection', 'pooling_matrix', 'read_old_state', 'forget_basis',
-           'DCTBasis', 'pairs_of', 'is_pair', 'check_pairs', 'is_side', 'sides_of', 'coefficients', 'FCA',
-           'authors_options', 'nearest_basis', 'as_basis', 'factored']
+           'basis_of_length', 'DCTBasis', 'pairs_of', 'is_pair', 'check_pairs', 'is_side', 'sides_of', 'coefficients',
+           'FCA', 'authors_options', 'nearest_basis', 'as_basis', 'factored']
 
 # %% ../../nbs/channel/fca.ipynb #154ce7ed
 import math
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
-from ..operators.choice import ordinary, recorded
+from ..operators.choice import ordinary
+from ..operators.choice import recorded as in_record
 from ..operators.frequency import pattern_sums
 
 # %% ../../nbs/channel/fca.ipynb #c35c5f41
@@ -76,11 +77,24 @@ def read_old_state(basis: nn.Module, state: dict, prefix: str, *_) -> None:
     if f"{prefix}waves" in state:
         state[f"{prefix}basis"] = state.pop(f"{prefix}waves")
 
+# %% ../../nbs/channel/fca.ipynb #3f9f9c60
 def forget_basis(module: nn.Module, *_) -> None:
-    "After a state is loaded, which may have other frequencies."
+    "After a state is loaded."
     module.known = None, None
 
 
+def basis_of_length(module: nn.Module, length: int, dtype: torch.dtype) -> Tensor:
+    "The basis of an axis, that of the last call if it was the same."
+    key = length, dtype, module.shares.device
+    if module.known[0] == key and not in_record():
+        return module.known[1]
+    with torch.inference_mode(False):
+        basis = cosines(length, module.shares * length // PARTS, dtype)
+    if ordinary(basis) and not in_record():
+        module.known = key, basis
+    return basis
+
+# %% ../../nbs/channel/fca.ipynb #bc91cf74
 class DCTBasis(nn.Module):
     "The basis vectors of one axis, one per group of channels: a length -> `(G, length)`."
 
@@ -105,23 +119,12 @@ class DCTBasis(nn.Module):
 
     def forward(self, length: int, dtype: torch.dtype) -> Tensor:
         if self.size is None:
-            return self.of_length(length, dtype)
+            return basis_of_length(self, length, dtype)
         # Not under a compiler, so that one compiled graph serves all lengths.
         if not torch.compiler.is_compiling() and length == self.size:
             return self.basis
         pool = pooling_matrix(length, self.size, self.basis.device, dtype)
         return self.basis.to(dtype) @ pool
-
-    def of_length(self, length: int, dtype: torch.dtype) -> Tensor:
-        "The basis of an axis, that of the last call if it was the same: a GPU starts a kernel for each step."
-        key = length, dtype, self.shares.device
-        if self.known[0] == key and not recorded():
-            return self.known[1]
-        with torch.inference_mode(False):
-            basis = cosines(length, self.shares * length // PARTS, dtype)
-        if ordinary(basis) and not recorded():
-            self.known = key, basis
-        return basis
 
 # %% ../../nbs/channel/fca.ipynb #46138a42
 def pairs_of(frequencies: str | Sequence, channels: int) -> list[tuple[int, int]]:

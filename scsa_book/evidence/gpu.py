@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALES', 'IN_NETWORKS', 'SLOWEST_FIRST', 'Part', 'SHARES', 'KERNELS_SINCE', 'Scale', 'StepRow', 'StepsResult',
            'training_step', 'bench_steps', 'RunRow', 'random_images', 'bench_run', 'in_order', 'bench_compiled',
-           'parts', 'lines', 'bench_gpu', 'remark']
+           'parts', 'lines', 'bench_gpu', 'gpu_command', 'remark']
 
 # %% ../../nbs/evidence/gpu.ipynb #568930a1
 import copy
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ..attention import registry
 from scsa_book.evidence.speed import (
     Code, Machine, ModulesResult, NetworkSetting, Run, Setting, Spread, bench_module, bench_modules,
-    bench_networks, example, like_input, measured_on, modules_result, network_forms, network_path,
-    peers_of_the_book, ratios, spread, take_turns,
+    bench_networks, example, keep_memory, like_input, measured_on, modules_result, network_forms,
+    network_path, peers_of_the_book, ratios, spread, take_turns,
 )  # fmt: skip
 from ..paths import cache_folder, results_folder
 from ..training.result import write_atomic
@@ -47,7 +47,7 @@ class Scale:
 
 SCALES = {
     "full": Scale("resnet50", 128, 224, None, None, 50_000, 3, 30.0),
-    "small": Scale("resnet18", 2, 64, (2, 128, 7, 7), ("se", "scsa"), 256, 1, 1.0),
+    "small": Scale("resnet18", 2, 224, (2, 128, 7, 7), ("se", "scsa"), 256, 1, 1.0),
 }
 IN_NETWORKS = ("se", "cat", "scsa")
 SLOWEST_FIRST = ("fca", "strided_sparse", "sa", "sge", "pcsa", "ela", "scsa", "ca", "ema", "cat")
@@ -84,7 +84,9 @@ def training_step(network: nn.Module, x: Tensor) -> Run:
     return run
 
 # %% ../../nbs/evidence/gpu.ipynb #b2d4ac48
-def bench_steps(setting: NetworkSetting, names: Iterable[str] = IN_NETWORKS, budget: float = 30.0) -> StepsResult:
+def bench_steps(
+    setting: NetworkSetting, names: Iterable[str] = IN_NETWORKS, budget: float = 30.0
+) -> StepsResult:
     "Time a training step of a network with and without mechanisms, alternately."
     forms = network_forms(setting, names, peers_of_the_book())
     x = example((setting.batch, 3, setting.size, setting.size), setting)
@@ -132,7 +134,8 @@ def bench_run(device: str, scale: Scale) -> RunRow:
     from scsa_book.training.tasks import build_network
 
     batch = min(512, scale.images // 2)
-    config = configure("gpu", network="resnet20", batch_size=batch, epochs=scale.epochs, compile=False)
+    how = {"batch_size": batch, "epochs": scale.epochs, "schedule": "constant", "milestones": ()}
+    config = configure("gpu", network="resnet20", compile=False, **how)
     with TemporaryDirectory() as folder:
         where = {"results_dir": Path(folder, "results"), "cache_dir": Path(folder, "cache")}
         execution = Execution(accelerator="gpu" if device == "cuda" else "cpu", **where)
@@ -191,12 +194,13 @@ def lines(found: BaseModel) -> Iterator[str]:
         yield f"run: {found.images_per_second:.0f} images a second, {found.waiting:.1%} waiting (at most 1 %)"
         return
     if isinstance(found, ModulesResult):
-        ratios = [(row.forward_ratio.median, row.name) for row in found.rows if row.forward_ratio]
-        ratios += [(row.training_ratio.median, f"{row.name}, training") for row in found.rows if row.training_ratio]
-        if ratios:
-            worst, name = max(ratios)
-            how = "compiled" if found.setting.compiled else "eager"
-            yield f"{how}, {len(found.rows)} mechanisms: {1 / worst:.2f} of the speed of its equations: {name} (at least 1)"
+        rows = [row for row in found.rows if row.peer]
+        ratios = [(row.forward_ratio.median, row.name) for row in rows]
+        ratios += [(row.training_ratio.median, f"{row.name}, training") for row in rows]
+        how = "compiled" if found.setting.compiled else "eager"
+        worst, name = max(ratios, default=(float("nan"), "no time was left"))
+        slowest = f"{1 / worst:.2f} of its equations' speed (at least 1): {name}"
+        yield f"{how}, {len(found.rows)} mechanisms, the slowest {slowest}"
         return
     forward = not isinstance(found, StepsResult)
     for row in found.rows:
@@ -225,6 +229,13 @@ def bench_gpu(
         write_atomic(written[-1], found.model_dump_json(indent=1) + "\n")
     say(f"{time.perf_counter() - start:4.0f} s  {len(written)} files in {folder}")
     return written
+
+# %% ../../nbs/evidence/gpu.ipynb #57afdc4b
+def gpu_command(device: str, seconds: float) -> None:
+    "Measure in a process that keeps freed memory."
+    if device == "cpu":
+        keep_memory()
+    bench_gpu(device, seconds)
 
 # %% ../../nbs/evidence/gpu.ipynb #6b906657
 KERNELS_SINCE = datetime(2026, 11, 29, tzinfo=timezone.utc)

@@ -58,7 +58,8 @@ def convolve_kernel(
     taps, first = kernel_of_group(g, size, SIZES)
     n, c, inside = group_tile(t, g, N, size, tiles, P, K)
     mine = c < (g + 1) * size
-    sums = tl.zeros([P, K], tl.float32) + tl.load(packed + first_bias + c, mine).to(tl.float32)[None, :]
+    sums = tl.zeros([P, K], tl.float32)
+    sums += tl.load(packed + first_bias + c, mine).to(tl.float32)[None, :]
     for k in range(taps):
         m = n + k - taps // 2
         w = tl.load(packed + first + (c - g * size) * taps + k, mine).to(tl.float32)
@@ -101,7 +102,8 @@ def convolve_gradient_kernel(
     size = C // len(SIZES)
     taps, first = kernel_of_group(g, size, SIZES)
     weight_sums(
-        g_u, z, partial + b * (first_bias + C), b, g, j, first, taps, N, C, size, tiles, first_bias, LAST, P, K
+        g_u, z, partial + b * (first_bias + C), b, g, j, first, taps, N, C, size, tiles, first_bias,
+        LAST, P, K,
     )
     for t in range(j * tiles, j * tiles + tiles):
         n, c, inside = group_tile(t, g, N, size, tiles, P, K)
@@ -135,7 +137,7 @@ def group_gradient(g: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
 
 # %% ../../nbs/operators/gpu-convolution.ipynb #ead9c5bf
 def packed_sizes(z: Tensor, sizes: list[int]) -> tuple[tuple, int, int]:
-    "C, N, index of the first bias, tiles along the strip; blocks of channels; positions and channels of a tile."
+    "C, N, index of the first bias, tiles of a strip; blocks; positions and channels of a tile."
     C, N = z.shape[1], z.shape[3]
     size = C // len(sizes)
     p, k = blocks_of(N, size, 1024)

@@ -6,8 +6,8 @@
 __all__ = ['SIDE', 'CHANNELS', 'WARPS', 'softmax_sums', 'joined', 'row_weights', 'column_weight', 'filtered_tile', 'six',
            'write_six', 'tile_positions', 'descriptors_kernel', 'write_tile', 'join_kernel', 'tiles_of',
            'indexed_descriptors', 'indexed_descriptors_gpu', 'filtered_indices', 'around', 'entropy_gradient', 'three',
-           'descriptors_gradient_kernel', 'descriptors_gradient', 'like_map', 'descriptors_gradient_gpu', 'Descriptors',
-           'descriptors_gpu']
+           'channel_part', 'position_part', 'descriptors_gradient_kernel', 'descriptors_gradient', 'like_map',
+           'descriptors_gradient_gpu', 'Descriptors', 'descriptors_gpu']
 
 # %% ../../nbs/operators/gpu-descriptors.ipynb #d54f04f5
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import choice
 from .choice import operator
 from .descriptors import descriptors, filtered
-from .gpu import RULE, dense, kernels, larger, offsets, power
+from .gpu import RULE, dense, kernels, larger, offsets, power, tile
 from .memory import is_channels_last
 
 # %% ../../nbs/operators/gpu-descriptors.ipynb #99ddeb51
@@ -46,7 +46,8 @@ def row_weights(kernel, a, F: tl.constexpr, Q: tl.constexpr):
     "The weights of rows a of a kernel, and whether it has them."
     d = tl.arange(0, Q)
     there = (a >= 0) & (a < F)
-    return tl.sum(tl.load(kernel + a[:, None] * F + d[None, :], there[:, None] & (d < F)[None, :], 0.0).to(tl.float32), 1), there
+    w = tl.load(kernel + a[:, None] * F + d[None, :], there[:, None] & (d < F)[None, :], 0.0)
+    return tl.sum(w.to(tl.float32), 1), there
 
 
 @triton.jit
@@ -81,7 +82,8 @@ def filtered_tile(
 @triton.jit
 def six(v, smooth, index, inside, axis: tl.constexpr):
     "Sum, maximum of the filtered tile with its index, and the three of the softmax, along an axis."
-    largest, where = tl.reduce((tl.where(inside, smooth, float("-inf")), tl.where(inside, index, 2**30)), axis, larger)
+    pair = tl.where(inside, smooth, float("-inf")), tl.where(inside, index, 2**30)
+    largest, where = tl.reduce(pair, axis, larger)
     m, s, t = softmax_sums(v, inside, axis)
     return tl.sum(tl.where(inside, v, 0.0), axis), largest, where, m, s, t
 
@@ -112,16 +114,17 @@ def descriptors_kernel(
     top, left, i, j = tile_positions(part, across, W, R, P)
     n, valid = i * W + j, (i < H) & (j < W)
     mean, t = tl.zeros([R * P], tl.float32), tl.zeros([R * P], tl.float32)
-    largest, m, s, where = mean + float("-inf"), mean + float("-inf"), mean, tl.full([R * P], 2**30, tl.int32)
+    largest, m, s = mean + float("-inf"), mean + float("-inf"), mean
+    where = tl.full([R * P], 2**30, tl.int32)
     for start in range(0, C, K):
         c = start + tl.arange(0, K)
         inside = valid[:, None] & (c < C)[None, :]
         v = tl.load(x + offsets(b, n, c, H * W, C, LAST), inside, 0.0).to(tl.float32)
         smooth = filtered_tile(x, kernel, b, top, left, c, C, H, W, F, Q, LAST, R, P, K)
-        sums, most, at_c, n_m, n_s, n_t = six(v, smooth, c[None, :] + tl.zeros_like(n)[:, None], inside, 1)
-        mean += sums / C
-        largest, where = larger(largest, where, most, at_c)
-        m, s, t = joined(m, s, t, n_m, n_s, n_t, start == 0)
+        each = six(v, smooth, c[None, :] + tl.zeros_like(n)[:, None], inside, 1)
+        mean += each[0] / C
+        largest, where = larger(largest, where, each[1], each[2])
+        m, s, t = joined(m, s, t, each[3], each[4], each[5], start == 0)
         write_tile(partial, found, part, b, c, n, v, smooth, inside, B, C, H * W, tiles)
     write_six(of_positions, index, b * H * W + n, B * H * W, valid, mean, largest, where, m, s, t)
 
@@ -143,13 +146,15 @@ def write_tile(partial, found, part, b, c, n, v, smooth, inside, B, C, N, tiles)
 def join_kernel(partial, found, of_channels, index, B, C, tiles, blocks, K: tl.constexpr):
     b, c = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * K + tl.arange(0, K)
     mean, t, size = tl.zeros([K], tl.float32), tl.zeros([K], tl.float32), B * tiles * C
-    largest, m, s, where = mean + float("-inf"), mean + float("-inf"), mean, tl.full([K], 2**30, tl.int32)
+    largest, m, s = mean + float("-inf"), mean + float("-inf"), mean
+    where = tl.full([K], 2**30, tl.int32)
     for part in range(tiles):
         at, inside = (b * tiles + part) * C + c, c < C
         mean += tl.load(partial + at, inside, 0.0)
         most, position = tl.load(partial + size + at, inside, 0.0), tl.load(found + at, inside, 0)
         largest, where = larger(largest, where, most, position)
-        n_m, n_s = tl.load(partial + 2 * size + at, inside, 0.0), tl.load(partial + 3 * size + at, inside, 1.0)
+        n_m = tl.load(partial + 2 * size + at, inside, 0.0)
+        n_s = tl.load(partial + 3 * size + at, inside, 1.0)
         m, s, t = joined(m, s, t, n_m, n_s, tl.load(partial + 4 * size + at, inside, 0.0), part == 0)
     write_six(of_channels, index, b * C + c, B * C, c < C, mean, largest, where, m, s, t)
 
@@ -232,7 +237,28 @@ def entropy_gradient(v, h, lse, g):
 @triton.jit
 def three(t, at, size, mask):
     "Numbers of three descriptors."
-    return tl.load(t + at, mask, 0.0), tl.load(t + size + at, mask, 0.0), tl.load(t + 2 * size + at, mask, 0.0)
+    first, second = tl.load(t + at, mask, 0.0), tl.load(t + size + at, mask, 0.0)
+    return first, second, tl.load(t + 2 * size + at, mask, 0.0)
+
+
+@triton.jit
+def channel_part(g_c, z, index, kernel, v, i, j, b, c, B, C, N, W, inside, F: tl.constexpr, Q: tl.constexpr):
+    "The gradient to a tile by way of the descriptors of its channels."
+    at, size, mine = b * C + c, B * C, c < C
+    mean, largest, g = three(g_c, at, size, mine)
+    h, lse = tl.load(z + 2 * size + at, mine, 0.0), tl.load(z + 3 * size + at, mine, 0.0)
+    weights, near = around(kernel, tl.load(index + at, mine, 0), i, j, c, W, inside, F, Q)
+    total = mean[None, :] / N + entropy_gradient(v, h[None, :], lse[None, :], g[None, :])
+    return total + tl.where(near, weights * largest[None, :], 0.0)
+
+
+@triton.jit
+def position_part(g_p, p, v, b, n, B, C, N, valid):
+    "The gradient to a tile by way of means and entropies of its positions."
+    at, size = b * N + n, B * N
+    mean, _, g = three(g_p, at, size, valid)
+    h, lse = tl.load(p + 2 * size + at, valid, 0.0), tl.load(p + 3 * size + at, valid, 0.0)
+    return mean[:, None] / C + entropy_gradient(v, h[:, None], lse[:, None], g[:, None])
 
 # %% ../../nbs/operators/gpu-descriptors.ipynb #1a1959d3
 @triton.jit
@@ -240,30 +266,22 @@ def descriptors_gradient_kernel(
     x, kernel, g_c, g_p, z, p, index_c, index_p, to_x, B, C, H, W, across, tiles, blocks,
     F: tl.constexpr, Q: tl.constexpr, LAST: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    b, part, c = (pid // (tiles * blocks)).to(tl.int64), pid // blocks % tiles, pid % blocks * K + tl.arange(0, K)
+    b, part, block = tile(tiles, blocks, False)
     top, left, i, j = tile_positions(part, across, W, R, P)
-    n, valid, mine = i * W + j, (i < H) & (j < W), c < C
-    inside, at = valid[:, None] & mine[None, :], offsets(b, n, c, H * W, C, LAST)
-    v, at_c, at_p = tl.load(x + at, inside, 0.0).to(tl.float32), b * C + c, b * H * W + n
-    mean, largest, h = three(g_c, at_c, B * C, mine)
-    total = mean[None, :] / (H * W) + entropy_gradient(
-        v, tl.load(z + 2 * B * C + at_c, mine, 0.0)[None, :], tl.load(z + 3 * B * C + at_c, mine, 0.0)[None, :], h[None, :]
-    )
-    weights, near = around(kernel, tl.load(index_c + at_c, mine, 0), i, j, c, W, inside, F, Q)
-    total += tl.where(near, weights * largest[None, :], 0.0)
-    mean, _, h = three(g_p, at_p, B * H * W, valid)
-    total += mean[:, None] / C + entropy_gradient(
-        v, tl.load(p + 2 * B * H * W + at_p, valid, 0.0)[:, None], tl.load(p + 3 * B * H * W + at_p, valid, 0.0)[:, None], h[:, None]
-    )
+    n, c, valid = i * W + j, block * K + tl.arange(0, K), (i < H) & (j < W)
+    inside, at = valid[:, None] & (c < C)[None, :], offsets(b, n, c, H * W, C, LAST)
+    v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    total = channel_part(g_c, z, index_c, kernel, v, i, j, b, c, B, C, H * W, W, inside, F, Q)
+    total += position_part(g_p, p, v, b, n, B, C, H * W, valid)
     total += filtered_indices(g_p + B * H * W, index_p, kernel, b, top, left, c, H, W, F, Q, R, P, K)
     tl.store(to_x + at, total.to(to_x.dtype.element_ty), inside)
 
 # %% ../../nbs/operators/gpu-descriptors.ipynb #c8b364c0
 @operator
 def descriptors_gradient(
-    g_c: Tensor, g_p: Tensor, x: Tensor, kernel: Tensor, z: Tensor, p: Tensor, index_c: Tensor, index_p: Tensor
-) -> Tensor:
+    g_c: Tensor, g_p: Tensor, x: Tensor, kernel: Tensor,
+    z: Tensor, p: Tensor, index_c: Tensor, index_p: Tensor,
+) -> Tensor:  # fmt: skip
     "The gradient of `descriptors` to the map, from those of its outputs and what `indexed_descriptors` gave."
     again = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
@@ -273,15 +291,17 @@ def descriptors_gradient(
 
 # %% ../../nbs/operators/gpu-descriptors.ipynb #d595489d
 def like_map(
-    g_c: Tensor, g_p: Tensor, x: Tensor, kernel: Tensor, z: Tensor, p: Tensor, index_c: Tensor, index_p: Tensor
-) -> Tensor:
+    g_c: Tensor, g_p: Tensor, x: Tensor, kernel: Tensor,
+    z: Tensor, p: Tensor, index_c: Tensor, index_p: Tensor,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(dense(x))
 
 
 @kernels(descriptors_gradient, fake=like_map)
 def descriptors_gradient_gpu(
-    g_c: Tensor, g_p: Tensor, x: Tensor, kernel: Tensor, z: Tensor, p: Tensor, index_c: Tensor, index_p: Tensor
-) -> Tensor:
+    g_c: Tensor, g_p: Tensor, x: Tensor, kernel: Tensor,
+    z: Tensor, p: Tensor, index_c: Tensor, index_p: Tensor,
+) -> Tensor:  # fmt: skip
     x, tensors = dense(x), [t.contiguous() for t in (kernel, g_c, g_p, z, p, index_c, index_p)]
     (B, C, H, W), (across, tiles, k), to_x = x.shape, tiles_of(x), torch.empty_like(x)
     blocks = triton.cdiv(C, k)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import gating
 from .gated_windows import gated_window_gradient
-from .gpu import added, blocks_of, dense, following, kernels, offsets, power, tile
+from .gpu import added, blocks_of, dense, following, kernels, offsets, tile
 from .memory import is_channels_last
 
 # %% ../../nbs/operators/gpu-gating.ipynb #41a44510
@@ -141,7 +141,7 @@ def gated_window_gradient_gpu(
 # %% ../../nbs/operators/gpu-gating.ipynb #3b7bdb16
 @triton.jit
 def two_gates(v, s_c, s_p, SUM: tl.constexpr):
-    "A tile times gates of channels (a row) and of positions (a column); not their sum, which may be 0 for an infinite number."
+    "A tile times its gates; not times their sum, which may be 0 where the map is infinite."
     return v * s_c + v * s_p if SUM else v * s_c * s_p
 
 
