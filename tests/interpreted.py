@@ -21,8 +21,9 @@ choice.load_kernels()
 MODULES = [importlib.import_module(f"scsa_book.operators.gpu_{name}") for name in choice.KERNELS]
 OURS = (
     "gate_axes", "gate_axes_gradient", "gate_in_turn", "gate_in_turn_gradient", "gate_sum",
-        "gate_sum_gradient", "strip_means", "window_means", "window_means_whole", "gated_window_means",
-        "gated_window_gradient", "group_norm", "descriptors", "convolve_strips", "channel_attention")  # fmt: skip
+    "gate_sum_gradient", "strip_means", "window_means", "window_means_whole", "gated_window_means",
+    "gated_window_gradient", "group_norm", "descriptors", "convolve_strips", "channel_attention",
+)  # fmt: skip
 SMALL = (2, 4, 9, 5)  # all are as large as a window of 7 x 4
 LARGE = [(2, 8, 15, 10), (3, 4, 8, 70), (1, 4, 40, 9)]
 SHAPES = [SMALL, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LARGE)]

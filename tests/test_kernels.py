@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -177,3 +178,30 @@ def test_a_network_without_repeated_blocks_is_compiled_as_a_whole():
     torch.compiler.reset()
     compile_blocks(network, backend=lambda graph, example: graphs.append(graph) or graph)(torch.ones(1, 4))
     assert len(graphs) == 1
+
+
+# ---- the command for a GPU
+
+
+def test_what_is_older_than_the_kernels_says_so():
+    gpu = pytest.importorskip("scsa_book.evidence.gpu")
+    before, after = gpu.KERNELS_SINCE - timedelta(days=1), gpu.KERNELS_SINCE + timedelta(days=1)
+    assert "Not measured since the kernels" in gpu.remark("cuda", before)
+    assert gpu.remark("cuda", after) == gpu.remark("cpu", before) == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_what_can_be_done():
+    gpu = pytest.importorskip("scsa_book.evidence.gpu")
+    with pytest.raises(ValueError, match="PyTorch sees no GPU here; device='cpu' tries the command"):
+        gpu.bench_gpu("cuda")
+
+
+@pytest.mark.slow
+def test_the_command_measures_every_line_and_stores_it(tmp_path):
+    gpu = pytest.importorskip("scsa_book.evidence.gpu")
+    said = []
+    written = gpu.bench_gpu("cpu", 0, tmp_path, said.append)
+    assert len(written) == 5 and all(path.stat().st_size > 500 for path in written)
+    for words in ("forward with scsa", "training step with cat", "waiting", "eager, 2", "compiled, 0"):
+        assert any(words in line for line in said), words

@@ -190,9 +190,8 @@ def indexed_descriptors_gpu(x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, 
     of_channels, of_positions = torch.empty(4, B, C, 1, 1, **new), torch.empty(4, B, 1, H, W, **new)
     at_channels, at_positions = torch.empty(B, C, **order), torch.empty(B, H, W, **order)
     constants = len(kernel), power(len(kernel)), is_channels_last(x), SIDE, SIDE, k
-    descriptors_kernel[(B * tiles,)](
-        x, kernel, partial, found, of_positions, at_positions, B, C, H, W, across, tiles, *constants, num_warps=WARPS
-    )
+    outputs, sizes = (partial, found, of_positions, at_positions), (B, C, H, W, across, tiles)
+    descriptors_kernel[(B * tiles,)](x, kernel, *outputs, *sizes, *constants, num_warps=WARPS)
     blocks = triton.cdiv(C, k)
     join_kernel[(B * blocks,)](partial, found, of_channels, at_channels, B, C, tiles, blocks, k)
     return of_channels, of_positions, at_channels, at_positions
