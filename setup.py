@@ -16,6 +16,7 @@ def lines(name):
 
 runs = lines("runs_requirements")
 sweep = runs + lines("sweep_requirements")
+see = lines("see_requirements")
 setup(
     version=meta["version"],
     description=meta["description"],
@@ -23,5 +24,10 @@ setup(
     url=meta["repo_url"] or None,
     python_requires=f">={meta['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={"runs": runs, "sweep": sweep, "dev": sweep + lines("dev_requirements")},
+    extras_require={
+        "runs": runs,
+        "see": runs + see,
+        "sweep": sweep,
+        "dev": sweep + see + lines("dev_requirements"),
+    },
 )

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot', 'bench', 'any_gpu', 'Device', 'Dtype', 'Layout',
-           'Compiled', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters', 'title',
-           'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory', 'of_this_interpreter',
-           'kernel', 'execute', 'is_locked', 'in_words', 'make_run', 'run', 'sweep', 'job', 'beside_the_claim',
-           'evaluation_page', 'execute_evaluation', 'evaluate', 'keep', 'names_in_use', 'list_names', 'counting',
-           'recounting', 'ledger', 'modules', 'gpu', 'kernels', 'networks', 'memory_gib', 'devices', 'data_found',
-           'quarto_found', 'findings', 'doctor']
+           'Compiled', 'see', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters',
+           'title', 'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory',
+           'of_this_interpreter', 'kernel', 'execute', 'is_locked', 'in_words', 'make_run', 'run', 'sweep', 'job',
+           'beside_the_claim', 'evaluation_page', 'execute_evaluation', 'evaluate', 'keep', 'names_in_use',
+           'list_names', 'counting', 'recounting', 'ledger', 'modules', 'gpu', 'kernels', 'network_to_see', 'cam',
+           'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -327,6 +327,8 @@ def sweep(
     preset: Annotated[str | None, typer.Option(help="Default: the experiment's own.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many, from 0.")] = None,
     cores: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
+    per_gpu: Annotated[int, typer.Option(min=1, help="Runs that share a GPU.")] = 1,
+    time_limit: Annotated[float | None, typer.Option(min=0, help="Minutes, then it stops.")] = None,
     profile: Profile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs.")] = False,
     data_root: DataRoot = None,
@@ -335,6 +337,7 @@ def sweep(
     from scsa_book.training import sweep as sweeps
 
     how = {"preset": preset, "seeds": seeds, "cores": cores, "profile": profile}
+    how |= {"per_gpu": per_gpu, "time_limit": time_limit}
     sweeps.sweep(*names, **how, dry_run=dry_run, data_root=data_root, words=in_words)
 
 # %% ../nbs/reference/command-line.ipynb #cbba4bc9
@@ -583,6 +586,58 @@ def kernels() -> None:
     from scsa_book.evidence.kernels import kernels_command
 
     kernels_command()
+
+# %% ../nbs/reference/command-line.ipynb #0d47192a
+see = typer.Typer(help="Draw what a network with attention attends to.", no_args_is_help=True)
+app.add_typer(see, name="see")
+
+
+@see.callback()
+def _see() -> None:  # with one command typer would drop its name
+    pass
+
+# %% ../nbs/reference/command-line.ipynb #58b82a85
+def network_to_see(
+    network: str | None,
+    attention: str | None,
+    position: str | None,
+    weights: Path | None,
+    classes: int,
+):
+    "The network of `see cam`: from a file, or from a name. `ValueError` if neither is given."
+    from scsa_book.training.trained import from_file, from_name
+
+    if network:
+        return from_name(network, attention, position, weights, classes)
+    if not weights:
+        raise ValueError("which network? --network NAME, or --weights FILE of a run or of the authors")
+    if attention or position:
+        raise ValueError("--weights alone says which network it is: leave --attention and --position out")
+    return from_file(weights)
+
+# %% ../nbs/reference/command-line.ipynb #664e7246
+@see.command()
+def cam(
+    image: Annotated[Path, typer.Option(help="A photograph: JPEG, PNG, WebP, TIFF, ...")],
+    network: Annotated[str | None, typer.Option(help="Of `scsa-book list`, or timm:NAME.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Mechanism to put into it.")] = None,
+    position: Annotated[str | None, typer.Option(help="Default: that of the mechanism.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Of a run, or of the network; none: random.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Default: the last attention, else the last map.")] = None,
+    label: Annotated[int | None, typer.Option("--class", help="Default: the predicted class.")] = None,
+    classes: Annotated[int, typer.Option(help="Outputs of a network that is named.")] = 1000,
+    size: Annotated[int, typer.Option(help="Shorter side of the image in pixels.")] = 224,
+    output: Annotated[Path | None, typer.Option(help="Default: beside the image.")] = None,
+) -> None:
+    "Grad-CAM before and after attention, and its map, for one photograph: one PNG."
+    from scsa_book.explain.maps import draw_over, last_layer, panels, photograph, save_png
+
+    x = photograph(image, size)
+    looked = network_to_see(network, attention, position, weights, classes)
+    layer = layer or last_layer(looked, x)
+    title = f"{looked.name}{'' if weights else ' (random weights)'}, {layer}"
+    path = output or image.expanduser().with_name(f"{image.stem}-cam.png")
+    print(save_png(draw_over(x, panels(looked, x, layer, label), title), path))
 
 # %% ../nbs/reference/command-line.ipynb #5c8561c8
 @bench.command()

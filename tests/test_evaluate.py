@@ -292,10 +292,10 @@ def test_a_mistake_in_the_command_is_one_line(capsys):
 # --- networks that are kept
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_kept_network_evaluates_as_its_run_states(precision, where, tmp_path):
+@pytest.mark.parametrize("attention, precision", [("scsa", "32-true"), ("cat", "bf16-mixed")])
+def test_a_kept_network_evaluates_as_its_run_states(attention, precision, where, tmp_path):
     small = {"train_images": 64, "test_images": 150, "epochs": 1, "warmup_epochs": 0}
-    config = configure("sample", attention="scsa", precision=precision, channels_last=True, **small)
+    config = configure("sample", attention=attention, precision=precision, channels_last=True, **small)
     images = TASKS["classify"].load(config, None)
     network = TASKS["classify"].build(config, 10)
     run = save_result(config, images, fit(config, network, images, where), where)

@@ -1,15 +1,36 @@
 """What looks at attention: against scikit-learn, against closed forms, and what bad input gets."""
 
+import math
+from importlib.util import find_spec
+
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from scsa_book import cli
 from scsa_book.attention import registry
-from scsa_book.explain.faithfulness import blurred, curves, randomised, ranking
+from scsa_book.explain.cam import check_layer, class_map
+from scsa_book.explain.descriptors import descriptor_maps
+from scsa_book.explain.faithfulness import blurred, curves, randomised, rank_correlation, ranking
 from scsa_book.explain.gates import GateMoments, fold, gates_of
 from scsa_book.explain.initial_gain import initial_gain
-from scsa_book.explain.localisation import auroc, energy_inside, paired_claim, points_inside
-from scsa_book.explain.receptive_field import contributions, side_length
+from scsa_book.explain.localisation import (
+    Claim,
+    auroc,
+    energy_inside,
+    paired_claim,
+    points_inside,
+    regions,
+)
+from scsa_book.explain.maps import attention_map, draw_over, photograph, save_png, spatial_map
+from scsa_book.explain.mechanisms import fact
+from scsa_book.explain.receptive_field import contributions, drawn_sides, profile, side_length
+from scsa_book.networks.build import build
+from scsa_book.networks.placement import attend
+from scsa_book.paths import DataError, embedded
+from scsa_book.training.measured import hits, in_words, measured, photographs, run_images
+from scsa_book.training.trained import from_file, from_name
 
 
 def test_auroc_is_that_of_scikit_learn():
@@ -74,8 +95,39 @@ def test_a_gate_of_constants_has_no_image_share_and_folds_to_itself():
             nn.init.normal_(parameter)
     network, x = nn.Sequential(nn.Conv2d(3, 8, 3), attention), torch.randn(5, 3, 9, 9)
     before, moments = network(x), gates_of(network, x.split(2))
-    assert moments["1"].shares().image == pytest.approx(0, abs=1e-12)
+    assert moments["1"]["channel"].shares().image == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(fold(network, moments)(x), before)
+
+
+def a_network(name, **options):
+    "ResNet-8 with a mechanism before the last convolution, in evaluation mode."
+    torch.manual_seed(0)
+    return attend(build("resnet8", 10), name, position="before_last_conv", **options).eval()
+
+
+GATED = [name for name in registry.names() if fact(name).gates]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gates_of_one_image_fold_to_the_network_itself(name):
+    "The mean over one image is its own gate, whatever a mechanism does with its factors."
+    narrow = {"sa": {"groups": 8}, "sge": {"groups": 8}, "ema": {"factor": 8}}
+    network = a_network(name, **narrow.get(name, {}))
+    x = torch.randn(1, 3, 16, 16)
+    before = network(x)
+    torch.testing.assert_close(fold(network, gates_of(network, [x]))(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mechanism_inside_another_is_a_part_of_it():
+    assert [sorted(found) for found in gates_of(a_network("scsa"), [torch.randn(2, 3, 16, 16)]).values()] == [
+        ["channel", "height", "width"]
+    ] * 3
+
+
+def test_folded_attention_keeps_its_gain():
+    network, x = a_network("se", gain=3.0), torch.randn(1, 3, 16, 16)
+    before = network(x)
+    torch.testing.assert_close(fold(network, gates_of(network, [x]))(x), before, rtol=1e-4, atol=1e-5)
 
 
 def test_gates_of_restores_the_mode_and_removes_its_hooks():
@@ -164,3 +216,288 @@ def test_randomised_leaves_the_random_state_alone():
 def test_the_registry_states_the_initial_gain(name):
     options = {"sa": {"groups": 8, "shuffle": False}, "sge": {"groups": 8}}.get(name, {})
     assert initial_gain(name, **options) == pytest.approx(registry.INITIAL_GAINS[name], abs=0.03)
+
+
+# ---- Grad-CAM, and maps over photographs
+
+needs_grad_cam = pytest.mark.skipif(find_spec("pytorch_grad_cam") is None, reason="grad-cam is not installed")
+
+
+@needs_grad_cam
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_grad_cam_is_the_equation_on_either_side_of_attention(side, inplace):
+    "Also if a ReLU that follows works in place, which changes what the package has kept."
+    torch.manual_seed(0)
+    attention = registry.create("cbam", 8, reduction=2, kernel=3)
+    head = nn.Linear(8, 1)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        attention,
+        nn.ReLU(inplace=inplace),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        head,
+    ).eval()
+    x, kept = torch.randn(1, 3, 8, 8), {}
+    module = attention if side == "after" else network[0]
+    handle = module.register_forward_hook(lambda _, __, y: kept.update(y=y.clone()))
+    found = class_map(network, x, "1", side=side, classes=[0])[0]
+    handle.remove()
+    y = kept["y"].detach().requires_grad_()
+    rest = network[2:] if side == "after" else network[1:]
+    (gradient,) = torch.autograd.grad(rest(y.clone()).sum(), y)
+    expected = (gradient.mean((2, 3), keepdim=True) * y).sum(1)[0].clamp(min=0).detach()
+    expected = (expected - expected.min()) / (expected.max() - expected.min())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_grad_cam
+def test_grad_cam_leaves_modes_and_gradients_alone():
+    network = a_network("se").train()
+    network.bn1.eval()
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    class_map(network, torch.randn(1, 3, 16, 16), "layer2")
+    assert network.training and not network.bn1.training
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in network.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+@needs_grad_cam
+def test_grad_cam_needs_no_parameter_with_a_gradient():
+    network, x = a_network("se"), torch.randn(2, 3, 16, 16)
+    expected = class_map(network, x, "layer2")
+    found = class_map(network.requires_grad_(False), x, "layer2")
+    assert expected.max() > 0 and torch.equal(found, expected)
+
+
+@needs_grad_cam
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"layer": "layer9"}, "unknown layer 'layer9'. Did you mean 'layer"),
+        ({"layer": "layer1.0.attention"}, "unknown layer"),  # a container that is never called
+        ({"layer": "fc"}, "unknown layer 'fc'"),  # no map
+        ({"layer": "layer2", "side": "inside"}, "unknown side"),
+        ({"layer": "layer2", "classes": [10]}, "class 10 is none of 0 to 9"),
+        ({"layer": "layer2", "classes": [1, 2]}, "2 classes for 1 images"),
+        ({"layer": "layer2", "method": "Grad"}, "unknown method 'Grad'"),
+    ],
+)
+def test_a_class_map_that_cannot_be_made_is_named(how, said):
+    with pytest.raises(ValueError, match=said):
+        class_map(a_network("se"), torch.randn(1, 3, 16, 16), **how)
+
+
+def test_an_image_too_small_for_any_map_is_named():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Flatten())
+    with pytest.raises(ValueError, match="no map with more than one position for 3 x 4 pixels"):
+        check_layer(network, torch.randn(1, 3, 3, 4), "0")
+
+
+def saved(folder, mode, size):
+    path = folder / f"{mode}.png"
+    Image.new(mode, size, 128).save(path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "I;16"])
+def test_a_photograph_of_any_mode_becomes_rgb(mode, tmp_path):
+    x = photograph(saved(tmp_path, mode, (20, 10)), 8)
+    assert x.shape == (3, 8, 16) and 0 <= float(x.min()) and float(x.max()) <= 1
+
+
+def test_what_is_no_photograph_is_named(tmp_path):
+    with pytest.raises(ValueError, match="L.png has 1 x 1 pixels"):
+        photograph(saved(tmp_path, "L", (1, 1)))
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(DataError, match="cannot decode text.jpg"):
+        photograph(tmp_path / "text.jpg")
+    with pytest.raises(DataError, match="cannot reach"):
+        photograph(tmp_path / "away.jpg")
+
+
+def test_a_map_of_strips_is_their_product():
+    height, width = torch.rand(2, 4, 3, 1), torch.rand(2, 4, 1, 5)
+    found = spatial_map({"height": height, "width": width, "channel": torch.rand(2, 4, 1, 1)})
+    torch.testing.assert_close(found, height.mean(1) * width.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "said"),
+    [
+        (None, None, "no attention here"),
+        ("se", None, r"\(SE\): no factor differs between positions: channel \(1, 64, 1, 1\)"),
+        ("cbam", "layer9", "no attention at 'layer9'; there is layer1.0.attention"),
+    ],
+)
+def test_a_network_without_a_map_is_named(name, layer, said):
+    network = a_network(name) if name else build("resnet8", 10)
+    with pytest.raises(ValueError, match=said):
+        attention_map(network, torch.randn(1, 3, 16, 16), layer)
+
+
+def test_a_png_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    image = torch.rand(3, 8, 8)
+    path = save_png(draw_over(image, {"map": torch.rand(2, 2)}), tmp_path / "a.png")
+    before = path.read_bytes()
+    assert before[:4] == b"\x89PNG" and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no space"):
+        save_png(draw_over(image, {}), path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+# ---- networks to look at
+
+
+def test_the_file_of_a_run_gives_its_network():
+    looked = from_file(embedded("networks") / "fashion-mnist.safetensors")
+    assert (looked.attention, looked.dataset, len(looked.mean)) == ("scsa", "fashion-mnist", 1)
+    assert looked.prepare(torch.rand(2, 3, 28, 28)).shape == (2, 1, 28, 28)
+    assert not looked.network.training
+
+
+def test_what_a_network_gets_is_normalised():
+    looked = from_name("resnet8", "se", classes=10)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (looked.mean, looked.std))
+    x = torch.rand(1, 3, 4, 4)
+    torch.testing.assert_close(looked.prepare(x), (x - mean) / std)
+
+
+def test_a_network_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="Did you mean 'resnet8'"):
+        from_name("resnet9")
+    with pytest.raises(ValueError, match="there is no such file"):
+        from_file(tmp_path / "no.pth")
+    with pytest.raises(ValueError, match="no position 'nowhere'"):
+        from_name("resnet8", "se", position="nowhere", classes=10)
+
+
+# ---- the command
+
+
+@needs_grad_cam
+def test_see_cam_writes_one_file(tmp_path, capsys):
+    image = saved(tmp_path, "RGBA", (40, 30))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["see", "cam", "--image", str(image), *"--network resnet8 --attention cbam".split()])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "RGBA-cam.png")
+    assert Image.open(tmp_path / "RGBA-cam.png").format == "PNG"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "which network?"),
+        (["--weights", "no.pth"], "there is no such file"),
+        (["--weights", "no.pth", "--attention", "se"], "--weights alone"),
+        (["--network", "resnet9"], "unknown network"),
+    ],
+)
+def test_see_cam_says_what_is_missing(arguments, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["see", "cam", "--image", str(saved(tmp_path, "L", (9, 9))), *arguments])
+    assert end.value.code == 2 and said in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# ---- what the pages measure with
+
+
+def test_regions_are_counted_with_corners_and_by_the_maximum():
+    values = torch.zeros(6, 6)
+    values[0, 0], values[1, 1], values[4, 4], values[0, 5] = 1.0, 0.6, 0.9, 0.4
+    assert [regions(values), regions(values, 0.3), regions(7 * values)] == [2, 3, 2]
+    with pytest.raises(ValueError, match="level=0"):
+        regions(values, 0)
+
+
+def test_the_rank_correlation_is_that_of_the_order():
+    values = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
+    assert rank_correlation(values, values.exp()) == pytest.approx(1)
+    assert rank_correlation(values, -values) == pytest.approx(-1)
+    assert math.isnan(rank_correlation(values, torch.ones(5, 5)))
+    with pytest.raises(ValueError, match="cannot be compared"):
+        rank_correlation(values, torch.rand(4, 4))
+
+
+def test_drawn_sides_of_equal_photographs_are_the_side():
+    a = torch.zeros(11, 11)
+    a[3:8, 3:8] = 1
+    by_image = profile(a).expand(7, -1)
+    for share in (0.04, 0.36, 1):
+        assert drawn_sides(by_image, share, draws=5).unique().tolist() == [side_length(a, share)]
+
+
+def test_drawn_sides_vary_with_the_photographs_and_not_with_the_call():
+    a, b = torch.zeros(2, 6, dtype=torch.float64)
+    a[0], b[5] = 1, 1
+    found = drawn_sides(torch.stack([a, b, b]), 0.5, draws=200)
+    assert set(found.tolist()) == {1, 11}
+    assert torch.equal(found, drawn_sides(torch.stack([a, b, b]), 0.5, draws=200))
+
+
+def test_every_own_parameter_is_randomised():
+    network = a_network("sa", groups=4)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter)
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    list(randomised(network))
+    assert [n for n, p in network.named_parameters() if p.numel() > 8 and torch.equal(p, before[n])] == []
+
+
+def test_descriptors_are_those_that_the_module_adds():
+    network, x = a_network("cat"), torch.randn(2, 3, 16, 16)
+    cat = network.layer1[0].attention["after_conv1"]
+    kept = {}
+    handle = cat.register_forward_pre_hook(lambda _, args: kept.update(u=args[0]))
+    found = descriptor_maps(network, x)["layer1.0.attention.after_conv1"]
+    handle.remove()
+    torch.testing.assert_close(found["-S_avg"], -kept["u"].mean(1))
+    torch.testing.assert_close(found["sum"], found["-S_avg"] + found["S_max"] + found["S_ent"])
+    torch.testing.assert_close(found["trained gate"], cat.spatial(kept["u"]).sigmoid()[:, 0])
+    assert not any(m._forward_pre_hooks for m in network.modules())
+    with pytest.raises(ValueError, match="no CAT"):
+        descriptor_maps(a_network("se"), x)
+
+
+def test_photographs_have_masks_that_are_neither_empty_nor_full():
+    first = next(photographs("dog"))
+    assert "dog" in first.categories and first.image.shape == (3, 112, 112) and "http" in first.credit
+    assert 0.01 <= float(first.mask.float().mean()) <= 0.99 and set(first.mask.unique().tolist()) == {0, 1}
+
+
+def test_the_images_of_a_run_are_those_that_it_was_tested_on():
+    looked = from_file(embedded("networks") / "fashion-mnist.safetensors")
+    right = hits(looked, run_images(looked, 2000))
+    assert len(right) == 2000 and 100 * sum(right) / 2000 == pytest.approx(looked.run.final["top1"], abs=0.06)
+    with pytest.raises(ValueError, match="made by no run"):
+        next(run_images(from_name("resnet8", classes=10), 2))
+
+
+def test_what_was_measured_is_read_and_what_was_not_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("scsa_book.training.measured.results_folder", lambda name: tmp_path)
+    with pytest.raises(FileNotFoundError, match="-p measure True"):
+        measured("page", lambda: 1)
+    assert measured("page", lambda: {"a": [1 / 3]}, again=True) == {"a": [0.333333]}
+    assert measured("page", lambda: 1 / 0) == {"a": [0.333333]}
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [((0.1, 0.3), "holds"), ((-0.3, -0.1), "does not hold"), ((-0.1, 0.3), "inconclusive")],
+)
+def test_a_sentence_has_the_verdict_of_its_interval(ends, verdict):
+    said = in_words("a exceeds b", Claim(12, sum(ends) / 2, *ends))
+    assert f"**{verdict}**" in said and "n = 12" in said and f"({ends[0]:+.3f} to {ends[1]:+.3f})" in said
+    assert "**inconclusive**" in in_words("a exceeds b", None)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scsa_book import gates, pooling
+from scsa_book import pooling
+from scsa_book.operators import gates
 
 
 def mean(values: list[float]) -> float:

@@ -69,10 +69,10 @@ def test_a_colon_further_down_is_no_directive():
 
 
 def test_an_exported_cell_names_its_module():
-    default, other = code("#| export\nx = 1"), code("#| export gates\ny = 1")
+    default, other = code("#| export\nx = 1"), code("#| export options\ny = 1")
     first, second = cleaned(code("#| default_exp attention.se"), default, other)
     assert first == '#| filename: "scsa_book/attention/se.py"\n#| classes: exported\nx = 1'
-    assert second == '#| filename: "scsa_book/gates.py"\n#| classes: exported\ny = 1'
+    assert second == '#| filename: "scsa_book/options.py"\n#| classes: exported\ny = 1'
 
 
 def test_an_empty_cell_is_dropped_unless_it_shows_something():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,7 +262,7 @@ def test_each_run_has_a_gpu_of_its_own(book, swept, monkeypatch):
     assert swept("twelve", seeds=1, cores=4)[1] is None
     assert {starts(book, run)[0].split()[1] for run in ids} == {"3", "5"}
     assert [path.name for path in sorted((book / ".cache" / "sweeps").glob("gpu-*"))] == [
-        *("gpu-3.lock", "gpu-5.lock")
+        *("gpu-3-0.lock", "gpu-5-0.lock")
     ]
 
 
@@ -276,6 +277,58 @@ def test_a_gpu_that_is_taken_is_waited_for(tmp_path, monkeypatch):
     held[0].release()
     waiting.join(10)
     assert not waiting.is_alive() and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_several_runs_share_a_gpu_if_it_is_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "local_gpus", lambda: ("3", "5"))
+    monkeypatch.setattr(sweeps, "usable_cores", lambda: 16)
+    where, plan = sweeps.where_to_run(None, None, per_gpu=2)
+    assert plan == {"threads": 4, "gpus": ("3", "5", "3", "5")} and where[-1] == "gpus=4"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    seen, held = [], []
+    for _ in range(4):
+        held.append(sweeps.take_gpu(list(plan["gpus"]), tmp_path))
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["3", "5", "3", "5"] and len({lock.lock_file for lock in held}) == 4
+
+
+# ---- order and time
+
+# Stand-ins that load nothing: one notes the order, the other never ends.
+NOTE = "import sys; open('order', 'a').write(sys.argv[2] + '\\n')"
+WAIT = "import os, sys, time; open('begun', 'a').write(f'{os.getpid()}\\n'); time.sleep(600)"
+
+
+def test_a_half_done_sweep_has_the_first_seed_of_everything(book, swept, monkeypatch):
+    plan = [config for config, _ in experiment("twelve").plan()]
+    assert [config.seed for config in plan] == [0] * 4 + [1] * 4 + [2] * 4
+    (book / "note.py").write_text(NOTE)
+    monkeypatch.setattr(sweeps, "JOB", (str(book / "note.py"),))
+    assert swept("twelve", cores=1)[1].startswith("12 of 12 runs failed"), "a note is no result"
+    assert (book / "order").read_text().split() == [config.id for config in plan]
+
+
+def test_a_sweep_stops_at_its_time_limit(book, swept, monkeypatch):
+    (book / "wait.py").write_text(WAIT)
+    monkeypatch.setattr(sweeps, "JOB", (str(book / "wait.py"),))
+    begun = lambda: read(book / "begun").splitlines()  # noqa: E731
+    clock = SimpleNamespace(monotonic=lambda: 481.0 if begun() else 0.0, sleep=time.sleep)
+    monkeypatch.setattr(sweeps, "time", clock)
+    out, message = swept("twelve", cores=2, time_limit=8)
+    assert message is None and out == (
+        "twelve: 12 runs, 0 finished\nstopped after 8 minutes: 12 runs are left; the same command continues\n"
+    )
+    until(lambda: not any(alive(int(pid)) for pid in begun()), 10)
+    assert len(begun()) <= 2, "more were started"
+
+
+def test_a_failure_before_the_time_limit_is_reported(book, swept, monkeypatch):
+    se, bad, eca = (config for config, _ in experiment("three").plan())
+    monkeypatch.setattr(sweeps, "run_plan", lambda *given: [se, eca])
+    sweeps.sweep_folder("three").joinpath("log").mkdir(parents=True)
+    (sweeps.sweep_folder("three") / "log" / f"{bad.id}.log").touch()
+    out, message = swept("three", time_limit=1)
+    assert message == f"1 of 3 runs failed: {bad.id}" and "2 runs are left" in out
 
 
 # ---- messages

@@ -371,6 +371,9 @@ def notebooks(root):
             yield path
 
 
+AS_THEY_ARE = ("nbs/theme", "nbs/see/browser")  # folders that pages load files from
+
+
 def build(root, out, cores=None):
     "Write the preview of the book at `root` to the folder `out`; returns its front page."
     website = yaml.safe_load((root / "_quarto.yml").read_text("utf-8"))["website"]
@@ -382,7 +385,8 @@ def build(root, out, cores=None):
         target = (out / path.relative_to(root)).with_suffix(".html")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(render(path, page, entries, website, root), encoding="utf-8")
-    shutil.copytree(root / "nbs/theme", out / "nbs/theme", dirs_exist_ok=True)
+    for folder in filter(lambda folder: (root / folder).is_dir(), AS_THEY_ARE):
+        shutil.copytree(root / folder, out / folder, dirs_exist_ok=True)
     return out / "nbs/index.html"
 
 

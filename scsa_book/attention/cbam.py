@@ -23,6 +23,7 @@ from scsa_book.attention.base import (
 )
 from ..operators.extremes import gated_extremes
 from ..operators.gating import gate_in_turn
+from ..operators.mean_and_maximum import mean_and_maximum
 from ..operators.pooling import channel_average, channel_maximum
 from ..operators.pooling import global_average, global_maximum
 
@@ -55,8 +56,9 @@ class ChannelLogits(nn.Module):
         self.expand = nn.Linear(hidden, channels, bias, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
-        squeezed = [pool(x).flatten(1) for pool in self.pools]
-        logits = sum(self.expand(self.reduce(z).relu()) for z in squeezed)
+        one = len(self.pools) == 1
+        squeezed = [self.pools[0](x)] if one else mean_and_maximum(x)
+        logits = sum(self.expand(self.reduce(z.flatten(1)).relu()) for z in squeezed)
         return logits[:, :, None, None]
 
 # %% ../../nbs/hybrid/cbam.ipynb #c50b9aab

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
-from .non_local import PairwiseAttention, fused_attention, single_precision
-from .non_local import as_map, tokens
+from .non_local import PairwiseAttention
+from ..operators.pairwise import as_map, fused_attention, single_precision, tokens
 
 # %% ../../nbs/spatial/danet.ipynb #82b00462
 class PositionAttention(PairwiseAttention):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry
 from .base import check_odd, check_positive
-from .smsa import GroupNorm
 from ..operators.gating import gate_axes
+from ..operators.group_statistics import GroupNorm
 from ..operators.strips import strip_average
 
 # %% ../../nbs/hybrid/ela.ipynb #4dde83f3

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
-from .smsa import GroupNorm
 from ..operators.convolution import mixture_and_mean, weighted_mean
 from ..operators.gating import gate_axes
+from ..operators.group_statistics import GroupNorm
 from ..operators.strips import strip_average
 
 # %% ../../nbs/hybrid/ema.ipynb #5a3ea936

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Entry, check_choice
-from .smsa import GroupNorm
-from ..gates import check_gate, gate
 from ..operators.channel_attention import channel_attention, split_heads
+from ..operators.gates import check_gate, gate
+from ..operators.group_statistics import GroupNorm
 from ..operators.pooling import check_window, window_maximum
 from ..operators.windows import window_average
 

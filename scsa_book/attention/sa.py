@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRANSFORMS', 'AUTHORS_NAMES', 'ENTRY', 'Affine', 'normalise', 'ScaleTransform', 'IdentityTransform', 'ConvTransform',
-           'shuffle', 'concat_and_shuffle', 'check_sub_features', 'SubFeatures', 'SA', 'authors_options']
+           'check_sub_features', 'SubFeatures', 'SA', 'authors_options']
 
 # %% ../../nbs/hybrid/sa.ipynb #ebd1e7a7
 import math
@@ -21,6 +21,7 @@ from scsa_book.attention.base import (
     check_positive,
 )
 from ..operators.memory import laid_like
+from ..operators.shuffle import gate_and_shuffle
 
 # %% ../../nbs/hybrid/sa.ipynb #d5edf39c
 class Affine(nn.Module):
@@ -90,26 +91,6 @@ class ConvTransform(IdentityTransform):
 # %% ../../nbs/hybrid/sa.ipynb #e7124612
 TRANSFORMS = {"scale": ScaleTransform, "none": IdentityTransform, "conv": ConvTransform}
 
-# %% ../../nbs/hybrid/sa.ipynb #650b6675
-def shuffle(
-    x: Tensor,  # (B, C, H, W)
-    shuffle_groups: int,  # number of groups; channels are taken from each in turn
-) -> Tensor:
-    "Channel shuffle, as in ShuffleNet; with one group the map itself."
-    split = (shuffle_groups, x.shape[1] // shuffle_groups)
-    return x.unflatten(1, split).transpose(1, 2).flatten(1, 2)
-
-# %% ../../nbs/hybrid/sa.ipynb #956f7937
-def concat_and_shuffle(
-    sub_features: list[Tensor],  # two sub-features, (B, G, c, H, W)
-    shuffle_groups: int,  # 2 shuffles, 1 keeps the order
-) -> Tensor:  # (B, 2 G c, H, W)
-    "Concatenate the sub-features of every group, and shuffle all channels."
-    along = math.gcd(shuffle_groups, sub_features[0].shape[1])
-    split = (along, sub_features[0].shape[1] // along)
-    views = [half.unflatten(1, split).movedim(1, 3) for half in sub_features]
-    return shuffle(torch.stack(views, 2).flatten(1, 4), shuffle_groups // along)
-
 # %% ../../nbs/hybrid/sa.ipynb #0ff3f6a2
 def check_sub_features(channels: int, groups: int) -> None:
     "Raise `ValueError` unless every group has two sub-features of the same width."
@@ -127,7 +108,7 @@ class SubFeatures(Attention):
     "In each group, one sub-feature has channel gates, the other spatial gates."
 
     groups: int  # G
-    shuffle_groups: int  # as in `concat_and_shuffle`
+    shuffle_groups: int  # 2 shuffles, 1 keeps the order
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         "The two sub-features of every group, views: (B, G, C / 2G, H, W)."
@@ -137,9 +118,7 @@ class SubFeatures(Attention):
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The sub-features times their gates, concatenated and shuffled."
         gates = maps["channel"], maps["spatial"]
-        gates = (s.unflatten(1, (self.groups, -1)) for s in gates)
-        sub_features = [u * s for u, s in zip(self.split(x), gates, strict=True)]
-        return concat_and_shuffle(sub_features, self.shuffle_groups)
+        return gate_and_shuffle(x, *gates, self.groups, self.shuffle_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)

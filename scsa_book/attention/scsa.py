@@ -27,11 +27,11 @@ ORDERS = {
 class SpatialThenChannel(Attention):
     "Gates of SMSA and PCSA, each from the map that the other leaves; `SCSA` builds the two."
 
-    def windows(self, x: Tensor, height: Tensor, width: Tensor) -> Tensor:
-        "The windows of the map that SMSA leaves: (B, C, H', W')."
-        if self.pcsa.pool == "average":
-            return gated_window_average(x, height, width, self.pcsa.window)
-        return self.pcsa.squeeze(x * height * width)
+    def compressed(self, x: Tensor, height: Tensor, width: Tensor) -> Tensor:
+        "The map that SMSA leaves, pooled and normalised: (B, C, H', W')."
+        if self.pcsa.pool != "average":
+            return self.pcsa.compress(x * height * width)
+        return self.pcsa.norm(gated_window_average(x, height, width, self.pcsa.window))
 
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         "`height` (B, C, H, 1), `width` (B, C, 1, W), `channel` (B, C, 1, 1): those of `order`."
@@ -39,8 +39,7 @@ class SpatialThenChannel(Attention):
         first, *second = ORDERS[self.order]
         maps = getattr(self, first).attention_maps(x)
         if self.order == "spatial-channel":
-            z = self.pcsa.norm(self.windows(x, **maps))
-            maps["channel"] = self.pcsa.gates(z).to(x.dtype)
+            maps["channel"] = self.pcsa.gates(self.compressed(x, **maps)).to(x.dtype)
         elif second:
             maps |= self.smsa.attention_maps(x * maps["channel"])
         return maps

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Entry, check_positive
-from .non_local import single_precision
+from ..operators.pairwise import single_precision
 
 # %% ../../nbs/spatial/strided-sparse.ipynb #0ae5c4ba
 PATTERNS = ("local", "strided", "fixed")

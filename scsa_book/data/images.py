@@ -403,10 +403,9 @@ class ImageOptions(Options):
     min_scale: Number = Field(0.08, gt=0, le=1)  # least area of a training crop, as a share
 
 
-def crops(options: ImageOptions = ImageOptions()) -> tuple[Callable, Callable]:  # noqa: B008
+def crops(size: int = 224, min_scale: float = 0.08) -> tuple[Callable, Callable]:
     "The training and evaluation transforms of ImageNet, PIL image to uint8 (3, size, size)."
-    size, scale = options.size, (options.min_scale, 1)
-    train = [v2.RandomResizedCrop(size, scale), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    train = [v2.RandomResizedCrop(size, (min_scale, 1)), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     test = [v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()]
     return v2.Compose(train), v2.Compose(test)
 
@@ -420,7 +419,7 @@ def image_folder(name: str, root: Path | str | None = None, **options) -> ImageD
     folder = location / name.removeprefix("folder:")
     files, notes = files_of_classes(folder)
     train, test = (list_images(files[split]) for split in ("train", "val"))
-    for_train, for_test = crops(ImageOptions(**options))
+    for_train, for_test = crops(**ImageOptions(**options).model_dump())
     return ImageDataset(
         name, FolderImages(*train, for_train), FolderImages(*test, for_test),
         tuple(files["train"]), known.mean, known.std,

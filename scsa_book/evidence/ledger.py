@@ -14,16 +14,17 @@ import ast
 import csv
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from decimal import ROUND_HALF_UP, Decimal
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 from ..attention import registry
 from . import recount
-from .planned import metric_of, planned, setting
+from .planned import metric_of, planned, setting, smaller_options
 from .published import METRICS, Cell, cells, tables
 from .discrepancies import REASONS, Reason
 from .recount import cell_key
@@ -137,7 +138,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 # %% ../../nbs/evidence/ledger.ipynb #46b0762d
 COUNTED_FROM = (
     *("attention/**/*.py", "networks/**/*.py", "operators/**/*.py"),
-    *("gates.py", "options.py", "renamed.py"),
+    *("options.py", "renamed.py"),
     *("evidence/recount.py", "evidence/implementations.py", "evidence/conventions.py"),
     *("evidence/cost.py", "evidence/published.py", "evidence/ledger.py", "evidence/*.csv"),
 )
@@ -243,6 +244,11 @@ class Experiment:
         "The configuration, with the seed of the first run."
         return self.runs[0].config
 
+    @cached_property
+    def setting(self) -> str:
+        "Everything but mechanism and seed."
+        return without_attention(self)
+
     def by_seed(self, metric: str) -> dict[int, float]:
         "Final value of a metric, by seed."
         return {r.config.seed: r.final[metric] for r in self.runs if metric in r.final}
@@ -266,8 +272,8 @@ def experiments(
 
 # %% ../../nbs/evidence/ledger.ipynb #648106dc
 def without_attention(experiment: Experiment) -> str:
-    "Digest of an experiment's configuration with its mechanism taken out."
-    plain = {"attention": None, "position": None, "options": {}}
+    "Digest of an experiment's configuration with its mechanism and its gain taken out."
+    plain = {"attention": None, "position": None, "options": {}, "gain": 1.0}
     return digest(experiment.config.model_copy(update=plain))
 
 # %% ../../nbs/evidence/ledger.ipynb #a947f132
@@ -297,8 +303,11 @@ def stands_for(config: RunConfig, cell: Cell, given: Mapping) -> bool:
     if (config.task, name) != (given["task"], given["attention"]):
         return False
     own_position = registry.info(name).position if config.attention else None
+    smaller = smaller_options(cell, config.preset)
+    forms = [options, {**options, **smaller}] + ([] if cell.variant else [{}, smaller])
     return (
-        config.options in ([options] if cell.variant else [{}, options])
+        config.options in forms
+        and config.gain == 1
         and config.position in (None, own_position, given.get("position"))
         and cell.framework in ("", config.network)
     )
@@ -356,7 +365,8 @@ def trained(cell: Cell, found: Iterable[Experiment]) -> Row:
     if not candidates:
         return Row(cell, "unmeasured", note="No run of it has finished here.")
     own = [e for e in candidates if same_scale(cell, e)]
-    best = max(own or candidates, key=size)
+    shared = Counter(e.setting for e in found)
+    best = max(own or candidates, key=lambda e: (shared[e.setting] > 1, *size(e)))
     measured = value_of(cell, best)
     status = ("equal" if overlaps(cell, measured) else "differs") if own else "other_scale"
     ours = measured.show(cell.decimals)

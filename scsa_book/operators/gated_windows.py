@@ -89,7 +89,7 @@ def gated_window_gradient_cpu(
     for *maps, means in pieces(x, s_h, *to, u * s_w / k_h, numbers=OF_SEVERAL):
         v, rows, to_x, to_h = (t[..., : n * k_h, :].unflatten(-2, (n, k_h)) for t in maps)
         torch.mul(means.unsqueeze(-2), rows, out=to_x)
-        to_h.copy_(row_sums(v, means.unsqueeze(-2)))
+        row_sums(v, means.unsqueeze(-2), to_h)
     for t in to:
         t[:, :, n * k_h :] = 0
     return *to, to_w

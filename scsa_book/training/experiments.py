@@ -87,8 +87,8 @@ class Experiment(BaseModel):
         fixed = {"preset": preset, "task": self.task, **self.common}
         rows = [{**fixed, **row, **scale.overrides} for row in self.rows]
         given = [with_options(row, self.options, scale.options) for row in rows]
-        pairs = itertools.product(given, seeds or self.seeds)
-        return [{**run, "seed": seed} for run, seed in pairs]
+        pairs = itertools.product(seeds or self.seeds, given)
+        return [{**run, "seed": seed} for seed, run in pairs]
 
     def plan(self, preset: str | None = None, seeds: Seeds = None) -> Plan:
         "The validated configurations, each with its parameters. A run is listed once."

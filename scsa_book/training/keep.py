@@ -29,7 +29,9 @@ ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 def lean_state(network: nn.Module) -> dict[str, Tensor]:
     "The state dict, parameters of convolutions and linear layers in float16."
-    state = {name: value.detach().contiguous() for name, value in network.state_dict().items()}
+    whole = torch.contiguous_format
+    # copies, because safetensors refuses tensors that share memory, as CAT's two low-pass filters do
+    state = {k: v.detach().clone(memory_format=whole) for k, v in network.state_dict().items()}
     layers = {n: m for n, m in network.named_modules() if isinstance(m, ROUNDED)}
     own = {f"{n}.{p}" for n, m in layers.items() for p, _ in m.named_parameters(recurse=False)}
     return {name: value.half() if name in own else value for name, value in state.items()}
@@ -89,7 +91,7 @@ def load_kept(path: Path | str) -> Kept:
     network.load_state_dict(read_weights(path))
     return Kept(network.eval(), classes, run)
 
-
+# %% ../../nbs/training/keep.ipynb #10365cde
 def kept_networks() -> list[Path]:
     "The files of the networks that come with the book."
     return sorted(embedded("networks").glob("*.safetensors"))

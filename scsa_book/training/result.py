@@ -148,9 +148,9 @@ def disk_error(path: Path, needed: int, error: OSError | str, parameter: str = "
     return DiskError(f"cannot write {path} ({why}): {space}{remedy}")
 
 # %% ../../nbs/training/result.ipynb #7b802c45
-def write_atomic(path: Path, content: str | bytes) -> Path:
-    "Write `content` to `path`, completely or not at all; DiskError gives the reason of a failure."
-    content = content.encode() if isinstance(content, str) else content
+def write_atomic(path: Path, text: str | bytes) -> Path:
+    "Write a file, completely or not at all; DiskError gives the reason of a failure."
+    content = text.encode() if isinstance(text, str) else text
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,9 @@ __all__ = ['JOB', 'ATTEMPTS', 'REMEDY', 'sweep_folder', 'write_plan', 'exclusive
            'status_line', 'follow', 'not_started', 'check_all', 'show_dry_run', 'run_plan', 'unfinished', 'forget',
            'sweep']
 
-# %% ../../nbs/training/sweep.ipynb #d17b7d35
+# %% ../../nbs/training/sweep.ipynb #b5bf4435
 import json
+import math
 import os
 import platform
 import runpy
@@ -48,7 +49,7 @@ def write_plan(
     folder: Path,
     todo: Plan,
     threads: int = 1,  # of a run
-    gpus: tuple[str, ...] = (),  # that the runs share, a run a GPU
+    gpus: tuple[str, ...] = (),  # one for each run at a time; a GPU that several share is repeated
 ) -> Path:
     "What the jobs of a sweep read."
     runs = {c.id: {"given": given, "config": c.model_dump(mode="json")} for c, given in todo}
@@ -77,10 +78,10 @@ def local_gpus() -> tuple[str, ...]:
 
 # %% ../../nbs/training/sweep.ipynb #13764c71
 def take_gpu(gpus: list[str], folder: Path) -> FileLock | None:
-    "Waits for a free GPU and makes it the only visible one; the lock reserves it."
+    "Waits for a free GPU or share of one and makes it the only visible one; the lock reserves it."
     while gpus:
-        for gpu in gpus:
-            lock = FileLock(folder / f"gpu-{gpu}.lock")
+        for i, gpu in enumerate(gpus):
+            lock = FileLock(folder / f"gpu-{gpu}-{gpus[:i].count(gpu)}.lock")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -139,7 +140,7 @@ def threads_of_a_run(cores: int, gpus: tuple[str, ...]) -> int:
 
 # %% ../../nbs/training/sweep.ipynb #7b02faa8
 def on_this_machine(cores: int, threads: int, gpus: tuple[str, ...]) -> list[str]:
-    "Where: on this machine, `cores` runs at a time, or one per GPU."
+    "Where: on this machine, `cores` runs at a time, or one per GPU or share of it."
     return ["--cores", str(cores * threads), "--resources", f"gpus={len(gpus)}"]
 
 # %% ../../nbs/training/sweep.ipynb #19e32c6d
@@ -175,11 +176,11 @@ def on_a_cluster(profile: str, cores: int | None = None) -> list[str]:
     return ["--profile", str(folder), *(["--jobs", str(cores)] if cores else [])]
 
 # %% ../../nbs/training/sweep.ipynb #3234eb6b
-def where_to_run(profile: str | None, cores: int | None) -> tuple[list[str], dict]:
+def where_to_run(profile: str | None, cores: int | None, per_gpu: int = 1) -> tuple[list[str], dict]:
     "Where the runs are executed, and the plan's fields for the machine."
     if profile:
         return on_a_cluster(profile, cores), {}
-    gpus = local_gpus()
+    gpus = local_gpus() * per_gpu
     cores = cores or len(gpus) or min(usable_cores(), 4)
     threads = threads_of_a_run(cores, gpus)
     return on_this_machine(cores, threads, gpus), {"threads": threads, "gpus": gpus}
@@ -253,12 +254,15 @@ def status_line(folder: Path, config: RunConfig, words: Callable[[RunResult], st
     return None
 
 # %% ../../nbs/training/sweep.ipynb #42e76c26
-def follow(process, configs: list[RunConfig], folder: Path, words: Callable) -> None:
-    "Report how each run ended, as soon as it did, until Snakemake ends."
+def follow(
+    process, configs: list[RunConfig], folder: Path, words: Callable, until: float = math.inf
+) -> list[RunConfig]:  # runs that were not over at that time of the monotonic clock
+    "Report how each run ended, as soon as it did, until Snakemake ends or the time is over."
     waiting, over = {config.id: config for config in configs}, False
     with tqdm(total=len(configs), unit="run", disable=None, leave=False) as bar:
         while not over:
-            over = process.poll() is not None  # read first, or the last runs would be missed
+            ended = process.poll() is not None  # read first, or the last runs would be missed
+            over = ended or time.monotonic() >= until
             for config in list(waiting.values()):
                 if line := status_line(folder, config, words):
                     del waiting[config.id]
@@ -266,6 +270,7 @@ def follow(process, configs: list[RunConfig], folder: Path, words: Callable) -> 
                     bar.write(f"[{len(configs) - len(waiting)}/{len(configs)}] {line}")
                     sys.stdout.flush()
             time.sleep(0 if over else 0.2)
+    return [] if ended else list(waiting.values())
 
 # %% ../../nbs/training/sweep.ipynb #7c23ebd2
 def not_started(said: str, more: str = "") -> SweepFailed:
@@ -299,13 +304,15 @@ def show_dry_run(todo: Plan, where: list[str]) -> None:
         raise not_started(done.stderr or done.stdout)
 
 # %% ../../nbs/training/sweep.ipynb #a0c16fd4
-def run_plan(todo: Plan, folder: Path, where: list[str], words: Callable) -> None:
-    "Execute the runs of the plan in `folder`."
+def run_plan(
+    todo: Plan, folder: Path, where: list[str], words: Callable, until: float = math.inf
+) -> list[RunConfig]:
+    "Execute the runs of the plan in `folder`; returns those that the time was too short for."
     for name in ("failed", "log"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "log").mkdir()
     with snakemake_process(arguments(folder, *where), folder / "snakemake.log") as process:
-        follow(process, [config for config, _ in todo], folder, words)
+        return follow(process, [config for config, _ in todo], folder, words, until)
 
 # %% ../../nbs/training/sweep.ipynb #9eb91350
 def unfinished(plan: Plan, data_root: Path | None = None) -> Plan:
@@ -333,11 +340,14 @@ def sweep(
     seeds: int | None = None,  # how many, from 0
     cores: int | None = None,  # runs at a time
     profile: str | None = None,  # of a cluster; None: this machine
+    per_gpu: int = 1,  # runs that share a GPU
+    time_limit: float | None = None,  # in minutes
     dry_run: bool = False,
     data_root: Path | None = None,
     words: Callable[[RunResult], str] = lambda result: result.id,  # message of a finished run
 ) -> None:
     "Execute all unfinished runs of some experiments; SweepFailed names those that failed."
+    until = time.monotonic() + 60 * (math.inf if time_limit is None else time_limit)
     chosen = list(range(seeds)) if seeds else None
     plan = [run for name in names for run in experiment(name).plan(preset, chosen)]
     todo = unfinished(plan, data_root)
@@ -345,10 +355,12 @@ def sweep(
     if not todo:
         return
     require("snakemake", REMEDY)
-    where, shares = where_to_run(profile, cores)
+    where, shares = where_to_run(profile, cores, per_gpu)
     if dry_run:
         return show_dry_run(todo, where)
     with sweep_lock(folder := sweep_folder(*names, preset=preset)):
         write_plan(folder, todo, **shares)
-        run_plan(todo, folder, where, words)
-    check_all(folder, [config for config, _ in todo], len(plan))
+        left = run_plan(todo, folder, where, words, until)
+    if left:
+        print(f"stopped after {time_limit:g} minutes: {len(left)} runs are left; the same command continues")
+    check_all(folder, [config for config, _ in todo if config not in left], len(plan))
