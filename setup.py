@@ -27,6 +27,7 @@ setup(
     extras_require={
         "runs": runs,
         "see": runs + see,
+        "deploy": runs + lines("deploy_requirements"),
         "sweep": sweep,
         "dev": sweep + see + lines("dev_requirements"),
     },

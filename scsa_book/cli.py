@@ -7,9 +7,10 @@ __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot',
            'Compiled', 'see', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters',
            'title', 'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory',
            'of_this_interpreter', 'kernel', 'execute', 'is_locked', 'in_words', 'make_run', 'run', 'sweep', 'job',
-           'beside_the_claim', 'evaluation_page', 'execute_evaluation', 'evaluate', 'keep', 'names_in_use',
-           'list_names', 'counting', 'recounting', 'ledger', 'modules', 'gpu', 'kernels', 'network_to_see', 'cam',
-           'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
+           'beside_the_claim', 'evaluation_page', 'execute_evaluation', 'evaluate', 'keep', 'export_network',
+           'names_in_use', 'list_names', 'counting', 'recounting', 'ledger', 'modules', 'gpu', 'kernels',
+           'network_to_see', 'cam', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings',
+           'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -449,6 +450,33 @@ def keep(
         raise ValueError(f"run_id={run_id!r} is no finished run; `scsa-book list results` has their ids")
     execution = Execution(data_root=data_root) if data_root else Execution()
     print(f"written: {keep(found[0], path, execution)}")
+
+# %% ../nbs/reference/command-line.ipynb #d66c5ed3
+@app.command("export")
+def export_network(
+    network: Annotated[str, typer.Argument(help="A backbone of `scsa-book list`.")],
+    attention: Annotated[str | None, typer.Option(help="Of `scsa-book list`; none: plain.")] = None,
+    to: Annotated[str, typer.Option(help="onnx, openvino, ncnn, executorch, litert, coreml.")] = "onnx",
+    file: Annotated[Path, typer.Option(help="Without suffix.")] = Path("network"),
+    weights: Annotated[Path | None, typer.Option(help="Weights of this network.")] = None,
+    classes: Annotated[int, typer.Option(min=1)] = 1000,
+    size: Annotated[int, typer.Option(min=1, help="Side of an image.")] = 224,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Free batch, height, width.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Weights in half precision.")] = False,
+) -> None:
+    "Write a network for another runtime, and compare it there with PyTorch."
+    import torch
+    from scsa_book.deploy.export import export
+    from scsa_book.networks.build import build
+    from scsa_book.networks.placement import attend
+    from scsa_book.networks.weights_file import read_weights
+
+    made = build(network, classes)
+    made = attend(made, attention) if attention else made
+    if weights:
+        made.load_state_dict(read_weights(weights))
+    example = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    print(export(made, example, to, file, dynamic=dynamic, half=half))
 
 # %% ../nbs/reference/command-line.ipynb #5fb3ad5b
 def names_in_use() -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ from scsa_book.attention.base import (
     check_choice,
     check_positive,
 )
+from ..operators.affine import add_product
 from ..operators.pooling import global_average
 
 # %% ../../nbs/hybrid/bam.ipynb #39473941
@@ -100,7 +101,7 @@ class JointGate(Attention):
 
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The sum of `x` and the gated `x`."
-        return torch.addcmul(x, x, maps["joint"])
+        return add_product(x, x, maps["joint"])
 
 # %% ../../nbs/hybrid/bam.ipynb #4466f077
 class BAM(JointGate):

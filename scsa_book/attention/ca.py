@@ -45,7 +45,7 @@ class CA(Attention):
         "`height`: gates of rows, (B, C, H, 1); `width`: of columns, (B, C, 1, W)."
         self.check(x)
         f = F.hardswish(self.norm(self.reduce(torch.cat(strip_average(x), 2))))
-        f_h, f_w = f.split(x.shape[2:], 2)
+        f_h, f_w = f[..., : x.shape[2]], f[..., x.shape[2] :]
         s_h, s_w = self.height(f_h).sigmoid(), self.width(f_w).sigmoid()
         return {"height": s_h[..., None], "width": s_w[:, :, None]}
 

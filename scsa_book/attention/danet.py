@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
 from .non_local import PairwiseAttention
+from ..operators.affine import add_product
 from ..operators.pairwise import as_map, fused_attention, single_precision, tokens
 
 # %% ../../nbs/spatial/danet.ipynb #82b00462
@@ -56,7 +57,7 @@ class PositionAttention(PairwiseAttention):
 
     def finish(self, x: Tensor, o: Tensor) -> Tensor:
         "The output, given the weighted sums, (B, N, C)."
-        return torch.addcmul(x, self.gamma, as_map(o, x))
+        return add_product(x, self.gamma, as_map(o, x))
 
 # %% ../../nbs/spatial/danet.ipynb #62bee098
 class ChannelAttention(Attention):
@@ -85,13 +86,15 @@ class ChannelAttention(Attention):
         with single_precision(x.device):
             rows = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
             energy = rows @ rows.transpose(1, 2)
-            shares = (-energy if self.invert else energy).softmax(-1)
+            # Below the largest logit by itself: a bare -Q Q' is taken for another operator by converters.
+            least, largest = energy.amin(-1, keepdim=True), energy.amax(-1, keepdim=True)
+            shares = (least - energy if self.invert else energy - largest).softmax(-1)
         return {"channel": shares.to(x.dtype)}
 
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The output for given weights, such as those of `attention_maps(x)`."
         received = (maps["channel"] @ x.flatten(2)).unflatten(2, x.shape[2:])
-        return torch.addcmul(x, self.gamma, received)
+        return add_product(x, self.gamma, received)
 
 # %% ../../nbs/spatial/danet.ipynb #0d0235bc
 def conv_block(channels: int, out: int, **factory) -> nn.Sequential:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry
 from .base import check_choice, check_positive
+from ..operators.affine import add_product
 
 # %% ../../nbs/spatial/gc.ipynb #c0adb59e
 class Transform(nn.Module):
@@ -73,7 +74,7 @@ class ContextAttention(Attention):
             return x + maps["shift"]
         if self.fusion == "mul":
             return x * maps["scale"]
-        return torch.addcmul(maps["shift"], x, maps["scale"])
+        return add_product(maps["shift"], x, maps["scale"])
 
     def extra_repr(self) -> str:
         return f"{self.channels}, fusion={self.fusion}, pool={self.pool}"

@@ -20,6 +20,7 @@ from scsa_book.attention.base import (
     check_choice,
     check_positive,
 )
+from ..operators.affine import add_product, normalise_channels
 from ..operators.memory import laid_like
 from ..operators.shuffle import gate_and_shuffle
 
@@ -34,7 +35,7 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, G, width, H, W)
         weight, bias = (p[:, None, None] for p in (self.weight, self.bias))
-        return torch.addcmul(bias, weight, x)
+        return add_product(bias, weight, x)
 
     def after(self, first: "Affine") -> tuple[Tensor, Tensor]:
         "Weight and bias of the composition: first `first`, then this."
@@ -48,11 +49,8 @@ def normalise(
     eps: float,
 ) -> Tensor:
     "Normalise every channel to mean 0 and variance 1 over its positions, then affine."
-    groups, width = x.shape[1:3]
-    affine = weight.repeat(groups), bias.repeat(groups)
-    # not nn.functional's, which rejects a map with a single position
-    t = torch.group_norm(x.flatten(1, 2), groups * width, *affine, eps)
-    return t.unflatten(1, (groups, width))
+    t = normalise_channels(x, weight, bias, eps)
+    return t.unflatten(1, x.shape[1:3])
 
 # %% ../../nbs/hybrid/sa.ipynb #e535e820
 class ScaleTransform(Affine):

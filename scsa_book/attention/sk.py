@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
+from ..operators.affine import add_product
 from ..operators.pooling import global_average
 
 # %% ../../nbs/channel/sk.ipynb #348970b9
@@ -50,7 +51,7 @@ def select(
     (first, *others), (share, *rest) = branches, shares
     y = first * share
     for u, share in zip(others, rest, strict=True):
-        y = torch.addcmul(y, u, share)
+        y = add_product(y, u, share)
     return y
 
 # %% ../../nbs/channel/sk.ipynb #249fa730

@@ -26,7 +26,7 @@ def similarity(
 ) -> Tensor:  # (B, G, H, W), with mean 0 over the positions
     "Inner product of the vector at every position with the mean vector of its group, centred."
     z = x.mean((-2, -1))
-    p = (z[:, :, None] @ x.flatten(3)).unflatten(3, x.shape[-2:])[:, :, 0]
+    p = (z[:, :, None] @ x.flatten(3))[:, :, 0].unflatten(2, x.shape[-2:])
     return p - p.mean((-2, -1), keepdim=True)
 
 # %% ../../nbs/operators/group-statistics.ipynb #4733a08f
@@ -36,7 +36,8 @@ def deviation(
     "Standard deviation over the positions; half precision is accumulated in single."
     dtype = torch.promote_types(p.dtype, torch.float32)
     length = torch.linalg.vector_norm(p, dim=(-2, -1), keepdim=True, dtype=dtype)
-    return length / max(p.shape[-2] * p.shape[-1] - 1, 1) ** 0.5
+    n = p.shape[-2] * p.shape[-1]
+    return length / (n - 1 + 1 // n) ** 0.5  # the larger of n - 1 and 1, without a branch
 
 # %% ../../nbs/operators/group-statistics.ipynb #e501fa4d
 @operator
@@ -48,7 +49,7 @@ def similarity_gates(
 ) -> Tensor:  # (B, G, H, W), in (0, 1)
     "A gate for each position of a group, from its similarity to the mean of the group."
     p = similarity(x)
-    return (weight / (deviation(p) + eps) * p + bias).sigmoid().to(x.dtype)
+    return (bias + weight / (deviation(p) + eps) * p).sigmoid().to(x.dtype)
 
 # %% ../../nbs/operators/group-statistics.ipynb #210da1df
 @similarity_gates.on("cpu", composed=similarity_gates.written)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['check_map', 'global_average', 'channel_average', 'global_maximum', 'channel_maximum', 'check_window', 'fitting',
-           'window_maximum']
+           'is_fixed', 'covers', 'missing', 'filled', 'window_maximum']
 
 # %% ../../nbs/foundations/pooling.ipynb #6328a953
+from math import inf
+
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, sym_max
 
 from .extremes import largest
 
@@ -69,8 +71,33 @@ def check_window(
 
 # %% ../../nbs/foundations/pooling.ipynb #0506cbbc
 def fitting(window: int | None, positions: int) -> int:
-    "The size of a window on an axis with this many positions."
-    return positions if window is None else min(window, positions)
+    "The size of a window on an axis with this many positions; on a free one, the window."
+    if window is None or not isinstance(positions, int):
+        return positions if window is None else window
+    return min(window, positions)
+
+# %% ../../nbs/foundations/pooling.ipynb #90b12e28
+def is_fixed(x: Tensor) -> bool:
+    "Whether height and width are numbers, not free sizes of a graph."
+    return all(isinstance(n, int) for n in x.shape[2:])
+
+
+def covers(k: int, positions: int) -> bool:
+    "Whether a window is a whole axis, as far as that is known of a free one."
+    return type(k) is type(positions) and k == positions
+
+
+def missing(positions: int, k: int) -> int:
+    "How many positions an axis lacks for one window; as a size or, traced, as a tensor."
+    lacking = k - positions
+    traced = isinstance(lacking, Tensor)
+    return lacking.clamp(min=0) if traced else sym_max(lacking, 0)
+
+
+def filled(x: Tensor, k_h: int, k_w: int, value: float) -> Tensor:
+    "A map with as many rows and columns of `value` as it lacks for one window."
+    rows, columns = missing(x.shape[2], k_h), missing(x.shape[3], k_w)
+    return F.pad(x, (0, columns, 0, rows), value=value)
 
 # %% ../../nbs/foundations/pooling.ipynb #23cdefdc
 def window_maximum(
@@ -82,4 +109,6 @@ def window_maximum(
     if window is None:
         return global_maximum(x)
     check_map(x)
-    return F.max_pool2d(x, (min(window, x.shape[-2]), min(window, x.shape[-1])))
+    sides = tuple(fitting(window, n) for n in x.shape[2:])
+    u = x if is_fixed(x) else filled(x, *sides, -inf)
+    return F.max_pool2d(u, sides)

@@ -31,8 +31,9 @@ def concat_and_shuffle(
     "Concatenate the sub-features of every group, and shuffle all channels."
     along = math.gcd(shuffle_groups, sub_features[0].shape[1])
     split = (along, sub_features[0].shape[1] // along)
-    views = [half.unflatten(1, split).movedim(1, 3) for half in sub_features]
-    return shuffle(torch.stack(views, 2).flatten(1, 4), shuffle_groups // along)
+    views = [u.flatten(3).unflatten(1, split).permute(0, 2, 3, 1, 4) for u in sub_features]
+    y = torch.cat(views, 2).flatten(1, 3).unflatten(2, sub_features[0].shape[3:])
+    return shuffle(y, shuffle_groups // along)
 
 # %% ../../nbs/operators/shuffle.ipynb #17065d68
 @operator
@@ -45,7 +46,7 @@ def gate_and_shuffle(
 ) -> Tensor:  # (B, C, H, W)
     "The sub-features of all groups times their gates, concatenated and shuffled."
     width = x.shape[1] // (2 * groups)
-    sub_features = x.unflatten(1, (groups, 2, width)).unbind(2)
+    sub_features = x.unflatten(1, (groups, 2 * width)).split(width, 2)  # five axes: runtimes hold no more than six
     gates = (s.unflatten(1, (groups, width)) for s in (s_c, s_p))
     products = [u * s for u, s in zip(sub_features, gates, strict=True)]
     return concat_and_shuffle(products, shuffle_groups)

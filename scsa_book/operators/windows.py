@@ -7,12 +7,15 @@ __all__ = ['window_means', 'window_average', 'rows_together', 'columns_together'
            'window_means_cpu']
 
 # %% ../../nbs/operators/windows.ipynb #023ec224
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from .choice import operator
 from .memory import is_channels_last
-from .pooling import check_map, check_window, fitting, global_average
+from .pooling import check_map, check_window, covers, fitting
+from .pooling import filled, global_average, is_fixed, missing
 from .strips import embedding_bag_rows, last_mean, mean_over, fits_embedding_bag
 
 # %% ../../nbs/operators/windows.ipynb #de99647d
@@ -23,9 +26,13 @@ def window_means(
     k_w: int,  # columns, at most W
 ) -> Tensor:  # (B, C, H // k_h, W // k_w)
     "Mean of windows side by side; rows and columns that fill none are left out."
-    if k_h == x.shape[2] and k_w == x.shape[3]:  # a free size is no kernel of a layer
+    if covers(k_h, x.shape[2]) and covers(k_w, x.shape[3]):
         return x.mean((2, 3), keepdim=True)
-    return F.avg_pool2d(F.avg_pool2d(x, (k_h, 1)), (1, k_w))
+    if is_fixed(x):
+        return F.avg_pool2d(F.avg_pool2d(x, (k_h, 1)), (1, k_w))
+    inside = (k - missing(n, k) for n, k in zip(x.shape[2:], (k_h, k_w), strict=True))
+    means = F.avg_pool2d(filled(x, k_h, k_w, 0.0), (k_h, k_w))
+    return means * (k_h * k_w / math.prod(inside))
 
 
 def window_average(

@@ -1,0 +1,108 @@
+"""Files for other runtimes: every mechanism is right there, or refused with a reason and without a file."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from scsa_book.attention import registry
+from scsa_book.deploy import matrix, runtimes
+from scsa_book.deploy.export import ExportError, Report, error, export
+
+MECHANISM = pytest.mark.parametrize("name", registry.names())
+X = torch.randn(2, 3, 14, 14, generator=torch.Generator().manual_seed(0))
+
+
+def needs(runtime):
+    known = runtimes.RUNTIMES[runtime]
+    packages = runtimes.absent(known.to_write | known.to_run)
+    return pytest.mark.skipif(bool(packages), reason=f"pip install {' '.join(packages)}")
+
+
+@MECHANISM
+@pytest.mark.parametrize("runtime", [pytest.param(r, marks=needs(r)) for r in ("onnx", "openvino")])
+def test_free_sizes_down_to_one(name, runtime, tmp_path):
+    "The example, another size and the smallest that the network takes, which is one position."
+    report = export(matrix.small_network(name), X, runtime, tmp_path / name, dynamic=True)
+    assert set(report.errors) == {(2, 3, 14, 14), (1, 3, 8, 8), (1, 3, 1, 1)}
+    assert report.error < 1e-4 and all(f.stat().st_size > 0 for f in report.files)
+
+
+@MECHANISM
+@pytest.mark.parametrize("runtime", [pytest.param(r, marks=needs(r)) for r in ["openvino"]])
+def test_fixed_size(name, runtime, tmp_path):
+    report = export(matrix.small_network(name), X, runtime, tmp_path / name)
+    assert set(report.errors) == {(2, 3, 14, 14)} and report.error < 1e-4
+
+
+# What is known to be refused; everything else is right.
+REFUSED = {
+    ("ncnn", False): {"strided_sparse", "ema"},
+    ("executorch", False): {"strided_sparse", "ela"},
+    ("executorch_portable", False): {"strided_sparse"},
+}
+
+
+@pytest.mark.slow
+@MECHANISM
+@pytest.mark.parametrize("runtime", [pytest.param(r, marks=needs(r)) for r in ("ncnn", "executorch")])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+def test_right_or_refused(name, runtime, dynamic, tmp_path):
+    try:
+        report = export(matrix.small_network(name), X, runtime, tmp_path / name, dynamic=dynamic)
+    except ExportError as problem:
+        assert str(problem).startswith(runtime) and not list(tmp_path.iterdir())
+        known = REFUSED.get((runtime, dynamic))
+        assert known is None or name in known, problem
+    else:
+        assert report.error < 1e-3
+
+
+# ---- what is refused before or after conversion ----
+
+
+class Wrong(nn.Module):
+    "Computes something else once it is recorded."
+
+    def forward(self, x):
+        return x * (2 if torch.compiler.is_compiling() else 1)
+
+
+@needs("onnx")
+def test_a_file_that_is_off_is_not_left(tmp_path):
+    (tmp_path / "wrong.onnx").write_text("an earlier file")
+    with pytest.raises(ExportError, match=r"onnx: the output for \(2, 3, 14, 14\) is off by 1\.0e\+00"):
+        export(Wrong(), X, "onnx", tmp_path / "wrong")
+    assert [f.read_text() for f in tmp_path.iterdir()] == ["an earlier file"]
+
+
+def test_what_cannot_be(tmp_path, monkeypatch):
+    network = nn.Conv2d(3, 4, 1)
+    with pytest.raises(ValueError, match="unknown runtime 'onxx'. Did you mean 'onnx'"):
+        export(network, X, "onxx", tmp_path / "n")
+    with pytest.raises(ValueError, match=r"\(3, 14, 14\), not \(B, C, H, W\)"):
+        export(network, X[0], "onnx", tmp_path / "n")
+    with pytest.raises(ExportError, match="litert has no dynamic=; these have: onnx"):
+        export(network, X, "litert", tmp_path / "n", dynamic=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ExportError, match="openvino is not installed: pip install openvino"):
+        export(network, X, "openvino", tmp_path / "n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_other_shapes_and_infinities():
+    one = torch.ones(2, 3)
+    assert error(one, one) == 0 and error(one + 0.5, one) == 0.5
+    assert error(one[:1], one) == error(one * torch.nan, one) == error(one / 0, one) == float("inf")
+
+
+@needs("onnx")
+@pytest.mark.parametrize("options", [{"half": True}, {"int8": [X]}], ids=["half", "int8"])
+def test_smaller_files(options, tmp_path):
+    network = matrix.small_network("se")
+    whole = export(network, X, "onnx", tmp_path / "whole")
+    small = export(network, X, "onnx", tmp_path / "small", **options)
+    assert isinstance(small, Report) and 0 < small.error < 0.1
+    assert small.files[0].stat().st_size < whole.files[0].stat().st_size
+    assert network[0].weight.dtype is torch.float32 and network[0].weight.requires_grad
