@@ -8,8 +8,9 @@ __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot',
            'title', 'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory',
            'of_this_interpreter', 'kernel', 'execute', 'is_locked', 'in_words', 'make_run', 'run', 'sweep', 'job',
            'beside_the_claim', 'evaluation_page', 'execute_evaluation', 'evaluate', 'keep', 'export_network',
-           'names_in_use', 'list_names', 'counting', 'recounting', 'ledger', 'modules', 'network_to_see', 'cam',
-           'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
+           'names_in_use', 'list_names', 'counting', 'recounting', 'ledger', 'modules', 'gpu', 'kernels',
+           'network_to_see', 'cam', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings',
+           'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -594,6 +595,25 @@ def modules(
 
     how = {"device": device, "dtype": dtype, "layout": layout, "compiled": compiled}
     speed.command(names or (), budget, **how)
+
+# %% ../nbs/reference/command-line.ipynb #3c2f3669
+@bench.command()
+def gpu(
+    device: Annotated[str, typer.Option(help="cuda; or cpu, small, to see that it works.")] = "cuda",
+    seconds: Annotated[float, typer.Option(help="No further compilation begins after that.")] = 330.0,
+) -> None:
+    "Everything that the book claims about a GPU, in six minutes."
+    from scsa_book.evidence.gpu import gpu_command
+
+    gpu_command(device, seconds)
+
+
+@bench.command()
+def kernels() -> None:
+    "Build the kernels of a GPU, without one: registers and shared memory."
+    from scsa_book.evidence.kernels import kernels_command
+
+    kernels_command()
 
 # %% ../nbs/reference/command-line.ipynb #0d47192a
 see = typer.Typer(help="Draw what a network with attention attends to.", no_args_is_help=True)

@@ -21,6 +21,7 @@ from scsa_book.operators import (
     channel_attention,
     choice,
     convolution,
+    descriptors,
     entropy,
     extremes,
     frequency,
@@ -28,6 +29,7 @@ from scsa_book.operators import (
     gating,
     group_statistics,
     mean_and_maximum,
+    norm,
     shuffle,
     strips,
     windows,
@@ -82,10 +84,14 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
             group_statistics.similarity_gates,
             (x.unflatten(1, (4, C // 4)), *torch.randn(2, 4, 1, 1, dtype=dtype), 1e-5),
         ),
+        "largest": (extremes.largest, (x, 1)),
         "entropy": (entropy.entropy, (x, 1)),
         "pattern_sums": (frequency.pattern_sums, (x, torch.randn(4, H, W, dtype=dtype))),
         "convolve_strips": (convolution.convolve_strips, (rows, columns, taps, biases)),
         "mixture_and_mean": (convolution.mixture_and_mean, (x, x.mean(2), kernel, bias, shares)),
+        "gate_sum_gradient": (gating.gate_sum_gradient, (g, x, s_c, s_p)),
+        "group_norm": (norm.group_norm, (x, factors[0].flatten(), shifts[0], 4, 1e-5)),
+        "descriptors": (descriptors.descriptors, (x, torch.outer(*2 * [torch.rand(5, dtype=dtype)]) / 9)),
         "channel_attention": (
             channel_attention.channel_attention,
             (x, factors, shifts, 2, True, lambda d, n: d**-0.5, 0.0),
@@ -94,12 +100,14 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
 
 
 CASES = (
-    "add_product", "normalise_channels", "strip_means", "window_means", "window_means_whole", "gate_axes", "gate_axes_gradient",
+    "add_product", "normalise_channels", "strip_means", "window_means", "window_means_whole", "gate_axes",
+    "gate_axes_gradient",
     "gate_in_turn", "gate_in_turn_gradient", "gate_sum", "gated_window_means", "gated_window_gradient",
-    "gated_extremes", "gated_extremes_gradient", "mean_and_maximum", "gate_and_shuffle",
+    "largest", "gated_extremes", "gated_extremes_gradient", "mean_and_maximum", "gate_and_shuffle",
     "gate_and_shuffle_odd", "similarity_gates", "entropy", "pattern_sums", "convolve_strips",
     "mixture_and_mean", "channel_attention",
 )  # fmt: skip
+WRITTEN = ("gate_sum_gradient", "group_norm", "descriptors")  # without a form for a CPU
 CASE = pytest.mark.parametrize("case", CASES)
 
 
@@ -116,7 +124,7 @@ def changed(args, change):
 def test_every_operator_has_a_case():
     modules = [sys.modules[n] for n in sorted(sys.modules) if n.startswith("scsa_book.operators.")]
     operators = {v for module in modules for v in vars(module).values() if hasattr(v, "forms")}
-    assert operators == {example(case)[0] for case in CASES}
+    assert operators == {example(case)[0] for case in (*CASES, *WRITTEN)}
     assert all(set(o.forms) <= {"cpu", "cuda"} for o in operators)
 
 

@@ -160,6 +160,7 @@ def gate_sum(
     return x * s_c + x * s_p
 
 
+@operator
 def gate_sum_gradient(
     g: Tensor, x: Tensor, s_c: Tensor, s_p: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

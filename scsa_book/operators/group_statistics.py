@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from .choice import operator
 from .memory import CACHED
+from .norm import group_norm
 
 # %% ../../nbs/operators/group-statistics.ipynb #0c7a546e
 class GroupNorm(nn.GroupNorm):
     "`nn.GroupNorm` that also takes groups of one number, and gives them its bias."
 
     def forward(self, x: Tensor) -> Tensor:
-        affine = self.weight, self.bias
-        return torch.group_norm(x, self.num_groups, *affine, self.eps)
+        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
 
 # %% ../../nbs/operators/group-statistics.ipynb #6c900673
 def similarity(

@@ -12,6 +12,8 @@ from math import inf
 import torch.nn.functional as F
 from torch import Tensor, sym_max
 
+from .extremes import largest
+
 # %% ../../nbs/foundations/pooling.ipynb #37e2520f
 def check_map(x: Tensor) -> None:
     "Raise `ValueError` unless `x` has the four axes of a feature map."
@@ -41,17 +43,17 @@ def channel_average(
 def global_maximum(
     x: Tensor,  # (B, C, H, W)
 ) -> Tensor:  # (B, C, 1, 1)
-    "Largest value of every channel over its positions; ties share the gradient."
+    "Largest value of every channel over its positions; the first of a tie has the gradient."
     check_map(x)
-    return x.amax((-2, -1), keepdim=True)
+    return largest(x.flatten(2), 2)[..., None]
 
 
 def channel_maximum(
     x: Tensor,  # (B, C, H, W)
 ) -> Tensor:  # (B, 1, H, W)
-    "Largest value over the channels at every position; ties share the gradient."
+    "Largest value over the channels at every position; the first of a tie has the gradient."
     check_map(x)
-    return x.amax(1, keepdim=True)
+    return largest(x, 1)
 
 # %% ../../nbs/foundations/pooling.ipynb #82850e3c
 def check_window(

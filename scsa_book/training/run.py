@@ -28,6 +28,7 @@ from torch import nn
 # %% ../../nbs/training/run.ipynb #2f8e29a9
 from ..data.images import ImageDataset
 from ..data.loading import EpochSampler, ImageModule
+from ..networks.compilation import uncompile
 from scsa_book.training.checkpoints import (
     SaveOnTermination, Reseed,
     checkpoint_bytes, forget, keep_last, keep_newest, newest_checkpoint, run_lock,
@@ -224,8 +225,7 @@ def fit(
 # %% ../../nbs/training/run.ipynb #69392f53
 def outcome(task: Task, history: History, trainer: L.Trainer) -> Outcome:
     "Free the memory of a run."
-    # A compiled network would ignore hooks that are registered later.
-    task.compiled._compiled_call_impl = None
+    uncompile(task.compiled)
     return Outcome(
         network=task.network.cpu().eval(),
         task=task.cpu().eval(),

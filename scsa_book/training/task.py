@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from ..data.images import ImageDataset
+from ..networks.compilation import compile_blocks
 from .config import RunConfig
 
 # %% ../../nbs/training/task.ipynb #feef3af6
@@ -103,7 +104,7 @@ class ClassificationMetrics(nn.Module):
         return {"val_loss": loss, **percent}
 
 # %% ../../nbs/training/task.ipynb #31a7be74
-MISCOMPILED = ("cbam", "sge")  # wrong gradients: PyTorch 2.11, NVIDIA H100
+MISCOMPILED = ("cbam", "sge")  # wrong gradients when last compared: PyTorch 2.11, NVIDIA H100
 
 
 def can_be_compiled(config: RunConfig) -> bool:
@@ -129,7 +130,7 @@ class Task(L.LightningModule):
         self.network, self.metrics = network.to(memory_format=layout), metrics
         self.measured: dict[str, float] = {}  # of the latest evaluation
         if can_be_compiled(config):
-            self.compiled.compile()  # in place: parameters keep their names
+            compile_blocks(self.compiled)  # in place: parameters keep their names
 
     @property
     def compiled(self) -> nn.Module:

@@ -1,0 +1,207 @@
+"""Kernels of a GPU on a machine without one: interpreted, built ahead of time, and without Triton."""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+from conftest import ROOT
+from test_attention import MECHANISM, WIDTH, build
+from torch import nn
+
+from scsa_book.networks.compilation import compile_blocks, repeated_blocks, uncompile
+
+TESTS = ROOT / "tests"
+
+
+def in_a_process(*command, **variables):
+    "What a fresh process prints; its exit code must be zero."
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])} | variables
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def interpreted(*arguments):
+    pytest.importorskip("triton")
+    command = "-m", "pytest", "-p", "no:xdist", "tests/interpreted.py", *arguments
+    return in_a_process(*command, TRITON_INTERPRET="1")
+
+
+def test_kernels_compute_what_is_written():
+    "In single precision and small; the rest of the file is slow."
+    chosen = "(test_values or test_gradients or fails or memory) and not last"
+    assert "passed" in interpreted("-k", chosen)
+
+
+@pytest.mark.slow
+def test_kernels_in_all_types_layouts_and_sizes():
+    assert "passed" in interpreted("-m", "slow or not slow")
+
+
+# ---- built ahead of time
+
+
+def assert_fits(kernels, rows):
+    assert [row for row in rows if not kernels.fits(row)] == []
+    assert {row.kernel for row in rows} == kernels.names()
+
+
+def test_every_kernel_is_built_for_a_gpu_and_fits():
+    kernels = pytest.importorskip("scsa_book.evidence.kernels")
+    assert_fits(kernels, kernels.build_all([80], [torch.bfloat16], [True]).rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 256, 56, 56), (8, 2048, 7, 7), (2, 12, 1, 1), (2, 40, 33, 130)])
+def test_every_kernel_fits_every_gpu(shape):
+    kernels = pytest.importorskip("scsa_book.evidence.kernels")
+    assert_fits(kernels, kernels.build_all(shape=shape).rows)
+
+
+def test_the_page_lists_every_kernel():
+    kernels = pytest.importorskip("scsa_book.evidence.kernels")
+    stored = kernels.KernelsResult.model_validate_json(kernels.kernels_path().read_text("utf-8"))
+    assert_fits(kernels, stored.rows)
+    assert {row.capability for row in stored.rows} == set(kernels.CAPABILITIES)
+
+
+# ---- faults
+
+WITHOUT = """
+import sys, warnings
+from types import SimpleNamespace
+{change}
+warnings.simplefilter("always")
+import torch
+from scsa_book.attention import registry
+from scsa_book.operators import choice
+module, x = registry.create("scsa", 32).eval(), torch.randn(1, 32, 8, 8)
+with warnings.catch_warnings(record=True) as seen, torch.no_grad():
+    module(x), module(x)
+print([str(w.message) for w in seen if "equations" in str(w.message)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("sys.modules['triton'] = None", "triton"),
+        ("import triton; triton.__version__ = '3.1.0'", "Triton 3.1.0 is too old; kernels need 3.2"),
+    ],
+)
+def test_without_a_usable_triton_the_equations_run_and_one_warning_says_why(change, reason):
+    pytest.importorskip("triton")
+    said = in_a_process("-c", WITHOUT.format(change=change), TRITON_INTERPRET="1")
+    assert reason in said and said.count("equations run instead of kernels") == 1
+
+
+def test_the_environment_forces_the_written_form():
+    ask = "from scsa_book.operators import choice, gating; import torch; t = torch.ones(1, 1, 1, 1); "
+    ask += "print(choice.chosen(gating.gate_axes.forms, (t, t, t)))"
+    assert "None" in in_a_process("-c", ask, SCSA_BOOK_OPERATORS="written")
+    assert "gate_axes" in in_a_process("-c", ask, SCSA_BOOK_OPERATORS="auto")
+    with pytest.raises(AssertionError, match="SCSA_BOOK_OPERATORS='fast' must be one of auto, written"):
+        in_a_process("-c", ask, SCSA_BOOK_OPERATORS="fast")
+
+
+def test_a_cpu_without_a_gpu_imports_no_triton():
+    ask = "import sys; from scsa_book.attention import registry; import torch; "
+    ask += "registry.create('scsa', 32)(torch.randn(1, 32, 8, 8)); "
+    ask += "print('scsa_book.operators.gpu' in sys.modules)"
+    assert in_a_process("-c", ask).strip().endswith("False")
+
+
+# ---- compiled
+
+
+def step(module, x):
+    x = x.detach().clone().requires_grad_()
+    y = module(x)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    return y.detach(), *torch.autograd.grad((y * weight).sum(), wanted, allow_unused=True)
+
+
+def compare_compiled(name):
+    torch.compiler.reset()
+    module, x = build(name), torch.randn(4, WIDTH, 15, 22)
+    expected = step(module, x)
+    module.compile(fullgraph=True)
+    for found, exact in zip(step(module, x), expected, strict=True):
+        assert exact is None or (found - exact).abs().max() <= 2e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["cbam", "sge"])
+def test_compiled_gradients_of_those_that_a_gpu_got_wrong(name):
+    compare_compiled(name)
+
+
+@pytest.mark.slow
+@MECHANISM
+def test_compiled_gradients(name):
+    compare_compiled(name)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, x):
+        return x + self.layer(x)
+
+
+def test_a_block_is_compiled_once_for_all_of_its_kind():
+    network = nn.Sequential(*(Block(8) for _ in range(5)), nn.Linear(8, 6), *(Block(6) for _ in range(4)))
+    assert len(repeated_blocks(network)) == 9
+    x, graphs = torch.randn(2, 8), []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = network(x)
+        assert torch.allclose(compile_blocks(network, backend=backend)(x), expected)
+        assert len(graphs) == 2
+        uncompile(network)
+        torch.compiler.reset()
+        assert torch.allclose(network(x), expected) and len(graphs) == 2
+
+
+def test_a_network_without_repeated_blocks_is_compiled_as_a_whole():
+    network, graphs = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), []
+    torch.compiler.reset()
+    compile_blocks(network, backend=lambda graph, example: graphs.append(graph) or graph)(torch.ones(1, 4))
+    assert len(graphs) == 1
+
+
+# ---- the command for a GPU
+
+
+def test_what_is_older_than_the_kernels_says_so():
+    gpu = pytest.importorskip("scsa_book.evidence.gpu")
+    before, after = gpu.KERNELS_SINCE - timedelta(days=1), gpu.KERNELS_SINCE + timedelta(days=1)
+    assert "Not measured since the kernels" in gpu.remark("cuda", before)
+    assert gpu.remark("cuda", after) == gpu.remark("cpu", before) == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_what_can_be_done():
+    gpu = pytest.importorskip("scsa_book.evidence.gpu")
+    with pytest.raises(ValueError, match="PyTorch sees no GPU here; device='cpu' tries the command"):
+        gpu.bench_gpu("cuda")
+
+
+@pytest.mark.slow
+def test_the_command_measures_every_line_and_stores_it(tmp_path):
+    gpu = pytest.importorskip("scsa_book.evidence.gpu")
+    said = []
+    written = gpu.bench_gpu("cpu", 0, tmp_path, said.append)
+    assert len(written) == 5 and all(path.stat().st_size > 500 for path in written)
+    for words in ("forward with scsa", "training step with cat", "waiting", "eager, 2", "compiled, 0"):
+        assert any(words in line for line in said), words
