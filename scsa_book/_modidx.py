@@ -3102,8 +3102,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'scsa_book/operators/pooling.py'),
                                              'scsa_book.operators.pooling.global_maximum': ( 'foundations/pooling.html#global_maximum',
                                                                                              'scsa_book/operators/pooling.py'),
-                                             'scsa_book.operators.pooling.is_fixed': ( 'foundations/pooling.html#is_fixed',
-                                                                                       'scsa_book/operators/pooling.py'),
                                              'scsa_book.operators.pooling.missing': ( 'foundations/pooling.html#missing',
                                                                                       'scsa_book/operators/pooling.py'),
                                              'scsa_book.operators.pooling.window_maximum': ( 'foundations/pooling.html#window_maximum',

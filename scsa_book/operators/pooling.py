@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_map', 'global_average', 'channel_average', 'global_maximum', 'channel_maximum', 'check_window', 'fitting',
-           'is_fixed', 'covers', 'missing', 'filled', 'window_maximum']
+           'covers', 'missing', 'filled', 'window_maximum']
 
 # %% ../../nbs/foundations/pooling.ipynb #6328a953
 from math import inf
@@ -77,11 +77,6 @@ def fitting(window: int | None, positions: int) -> int:
     return min(window, positions)
 
 # %% ../../nbs/foundations/pooling.ipynb #90b12e28
-def is_fixed(x: Tensor) -> bool:
-    "Whether height and width are numbers, not free sizes of a graph."
-    return all(isinstance(n, int) for n in x.shape[2:])
-
-
 def covers(k: int, positions: int) -> bool:
     "Whether a window is a whole axis, as far as that is known of a free one."
     return type(k) is type(positions) and k == positions
@@ -89,15 +84,20 @@ def covers(k: int, positions: int) -> bool:
 
 def missing(positions: int, k: int) -> int:
     "How many positions an axis lacks for one window; as a size or, traced, as a tensor."
-    lacking = k - positions
-    traced = isinstance(lacking, Tensor)
-    return lacking.clamp(min=0) if traced else sym_max(lacking, 0)
+    if isinstance(positions, int):
+        return max(k - positions, 0)
+    if isinstance(positions, Tensor):
+        return (k - positions).clamp(min=0)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return 0 if statically_known_true(positions >= k) else sym_max(k - positions, 0)
 
 
 def filled(x: Tensor, k_h: int, k_w: int, value: float) -> Tensor:
-    "A map with as many rows and columns of `value` as it lacks for one window."
+    "A map with as many rows and columns of `value` as it lacks for one window; itself if none."
     rows, columns = missing(x.shape[2], k_h), missing(x.shape[3], k_w)
-    return F.pad(x, (0, columns, 0, rows), value=value)
+    enough = isinstance(rows, int) and isinstance(columns, int) and rows == columns == 0
+    return x if enough else F.pad(x, (0, columns, 0, rows), value=value)
 
 # %% ../../nbs/foundations/pooling.ipynb #23cdefdc
 def window_maximum(
@@ -110,5 +110,4 @@ def window_maximum(
         return global_maximum(x)
     check_map(x)
     sides = tuple(fitting(window, n) for n in x.shape[2:])
-    u = x if is_fixed(x) else filled(x, *sides, -inf)
-    return F.max_pool2d(u, sides)
+    return F.max_pool2d(filled(x, *sides, -inf), sides)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .choice import operator
 from .memory import is_channels_last
 from .pooling import check_map, check_window, covers, fitting
-from .pooling import filled, global_average, is_fixed, missing
+from .pooling import filled, global_average, missing
 from .strips import embedding_bag_rows, last_mean, mean_over, fits_embedding_bag
 
 # %% ../../nbs/operators/windows.ipynb #de99647d
@@ -28,11 +28,10 @@ def window_means(
     "Mean of windows side by side; rows and columns that fill none are left out."
     if covers(k_h, x.shape[2]) and covers(k_w, x.shape[3]):
         return x.mean((2, 3), keepdim=True)
-    if is_fixed(x):
+    if (u := filled(x, k_h, k_w, 0.0)) is x:
         return F.avg_pool2d(F.avg_pool2d(x, (k_h, 1)), (1, k_w))
     inside = (k - missing(n, k) for n, k in zip(x.shape[2:], (k_h, k_w), strict=True))
-    means = F.avg_pool2d(filled(x, k_h, k_w, 0.0), (k_h, k_w))
-    return means * (k_h * k_w / math.prod(inside))
+    return F.avg_pool2d(u, (k_h, k_w)) * (k_h * k_w / math.prod(inside))
 
 
 def window_average(
