@@ -262,8 +262,8 @@ def test_an_experiment_is_read_with_either_key(key):
 def test_results_of_speed_of_0_1_0_are_read():
     from scsa_book.evidence import speed
 
-    files = sorted((ROOT / "nbs/results/speed").glob("*.json"))
     kinds = {"modules": speed.ModulesResult, "networks": speed.NetworksResult}
+    files = [p for p in (ROOT / "nbs/results/speed").glob("*.json") if p.name.split("-")[0] in kinds]
     for path in files:
         kinds[path.name.split("-")[0]].model_validate_json(path.read_text("utf-8"))
     assert any('"kept"' in path.read_text("utf-8") for path in files)

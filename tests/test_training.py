@@ -95,7 +95,7 @@ def metrics(done):
         ({"task": "detect", "network_options": {"widht": 9}}, "'widht'"),
         ({"task": "segment", "backbone": "resnet9"}, "unknown network 'resnet9'"),
         ({"task": "segment", "attention": "se", "position": "nowhere"}, "no position 'nowhere'"),
-        ({"backbone": "resnet18"}, "backbone and network_options are for detectors"),
+        ({"backbone": "resnet18"}, "a backbone is for detectors"),
         ({"data_options": {"augment": "flip"}}, "unknown data option of the task classify 'augment'"),
         ({"options": {"reduction": 4}}, "options are given, but no attention"),
         ({"position": "after_conv2"}, "a position is given, but no attention"),
@@ -651,7 +651,7 @@ def test_several_names_are_a_run_each():
     made = experiments.Experiment(title="t", preset="sample", runs=runs, seeds=[3, 4])
     found = [(c.network, c.attention, c.seed) for c, _ in made.plan()]
     pairs = [("resnet8", None), ("resnet8", "se"), ("resnet14", None), ("resnet14", "se"), ("resnet8", "eca")]
-    assert found == [(*pair, seed) for pair in pairs for seed in (3, 4)]
+    assert found == [(*pair, seed) for seed in (3, 4) for pair in pairs]  # a seed is a whole table
 
 
 def test_options_of_a_mechanism_yield_to_those_of_the_preset_and_those_to_a_runs_own():

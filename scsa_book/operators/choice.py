@@ -96,8 +96,9 @@ def chosen(forms: Mapping[str, Form], args: tuple) -> Callable | None:
     device, dtype = args[0].device, args[0].dtype
     if device.type == GPU:
         load_kernels()
-    form, rounded = forms.get(device.type), torch.is_autocast_enabled(device.type)
-    if form is None or rounded and not form.autocast:
+    if (form := forms.get(device.type)) is None:  # also of a device without autocast
+        return None
+    if (rounded := torch.is_autocast_enabled(device.type)) and not form.autocast:
         return None
     wanted = False
     for t in tensors_of(args):

@@ -30,8 +30,8 @@ def gated_extremes(
     s_c: Tensor,  # (B, C, 1, 1)
 ) -> Tensor:  # (B, 2, H, W): maximum, mean
     "Maximum and mean over the channels of a map times the gates of its channels."
-    y = x * s_c
-    return torch.cat([largest.written(y, 1), y.mean(1, keepdim=True)], 1)
+    y = x.to(torch.promote_types(x.dtype, torch.float32)) * s_c  # so that rounding makes no ties
+    return torch.cat([largest.written(y, 1), y.mean(1, keepdim=True)], 1).to(x.dtype)
 
 # %% ../../nbs/operators/extremes.ipynb #517dd919
 def to_extremes(y: Tensor, g: Tensor) -> Tensor:
