@@ -15,7 +15,7 @@ STAMP := .venv/installed-$(WANTED)
 # Byte code is kept, whatever the shell asks for: without it every process compiles all of PyTorch anew, for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-PYTEST = $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
+PYTEST = $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help book test test-all lab clean pull push execute export readme links
 
@@ -41,7 +41,7 @@ book: $(STAMP)
 	@$(SITE)/build.py
 
 # One thread a process and a process a core; figures do not depend on how many there are. A test file stays in one
-# process, so that what its tests share is made once.
+# process, so that what its tests share is made once; tests/conftest.py says which files come first.
 test test-all: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(PYTEST)

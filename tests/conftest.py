@@ -15,6 +15,15 @@ sys.modules.setdefault("rfc3987_syntax", None)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Files of tests that take the longest. They come first, so that at the end no worker has one of them left.
+LONGEST = ("test_sweep", "test_cli", "test_tasks", "test_deploy", "test_operators", "test_attention")
+
+
+def pytest_collection_modifyitems(items):
+    first = {f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
+
 def committed(pattern):
     "Files that git tracks or would track: nothing that a build, a run or an editor left."
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", pattern]

@@ -29,10 +29,15 @@ def test_free_sizes_down_to_one(name, runtime, tmp_path):
     assert report.error < 1e-4 and all(f.stat().st_size > 0 for f in report.files)
 
 
-@MECHANISM
-@pytest.mark.parametrize("runtime", [pytest.param(r, marks=needs(r)) for r in ["openvino"]])
-def test_fixed_size(name, runtime, tmp_path):
-    report = export(matrix.small_network(name), X, runtime, tmp_path / name)
+OFTEN = ("se", "sa", "cat", "scsa")  # with free sizes the quick tests have all
+
+
+@needs("openvino")
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in registry.names()]
+)
+def test_fixed_size(name, tmp_path):
+    report = export(matrix.small_network(name), X, "openvino", tmp_path / name)
     assert set(report.errors) == {(2, 3, 14, 14)} and report.error < 1e-4
 
 
