@@ -17,6 +17,10 @@ unexport PYTHONDONTWRITEBYTECODE
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
 
+# Chapters of kernels for a GPU run in processes of their own, where Triton interprets from its import on.
+CHAPTERS = $(BIN)/nbdev-test --n-workers $(CORES) --skip-file-glob 'gpu*.ipynb'
+KERNELS = TRITON_INTERPRET=1 $(BIN)/nbdev-test --n-workers $(CORES) --file-glob 'gpu*.ipynb'
+
 .PHONY: help book test test-all lab clean pull push execute export readme links
 
 help:
@@ -45,12 +49,14 @@ book: $(STAMP)
 test test-all: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(PYTEST)
-	$(BIN)/nbdev-test --n-workers $(CORES)
+	$(CHAPTERS)
+	$(KERNELS)
 	@echo "the tests and every cell of the chapters passed"
 
 test-all: $(STAMP)
 	$(PYTEST) -m "slow or not slow"
-	$(BIN)/nbdev-test --n-workers $(CORES) --flags slow
+	$(CHAPTERS) --flags slow
+	$(KERNELS)
 	@echo "the tests, the long ones too, and every cell of the chapters passed"
 
 lab: $(STAMP)
