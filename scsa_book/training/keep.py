@@ -37,6 +37,9 @@ def lean_state(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.half() if name in own else value for name, value in state.items()}
 
 # %% ../../nbs/training/keep.ipynb #b7aabd80
+CLASSES = "classes"  # the entry of a file's metadata that names them
+
+
 def keep(
     run: RunResult,
     path: Path | str,  # of the weights, .safetensors; the result is written beside, .json
@@ -65,9 +68,6 @@ def write_beside(path: Path, run: RunResult) -> None:
     write_atomic(path.with_suffix(".json"), run.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 # %% ../../nbs/training/keep.ipynb #11dadc8f
-CLASSES = "classes"  # the entry of a file's metadata that names them
-
-
 class Kept(NamedTuple):
     "A network as it was after its run."
 

@@ -97,7 +97,7 @@ def _timm(name: str, classes: int) -> nn.Module:
 # %% ../../nbs/see/networks.ipynb #4dab651a
 def trained_networks(dataset: str) -> dict[str, Trained]:
     "The book's own networks for a dataset, by mechanism and seed such as `scsa 0`; plain ones first."
-    of = lambda path: load_result(path.with_suffix(".json")).config.dataset  # noqa: E731
-    found = [from_file(path) for path in kept_networks() if of(path) == dataset]
+    runs = {path: load_result(path.with_suffix(".json")) for path in kept_networks()}
+    found = [from_file(path) for path, run in runs.items() if run.config.dataset == dataset]
     found.sort(key=lambda looked: (looked.attention or "", looked.run.config.seed))
     return {f"{looked.attention or 'plain'} {looked.run.config.seed}": looked for looked in found}
