@@ -1,4 +1,4 @@
-"""Attention in a YOLO of ultralytics: trained, resumed, loaded in another process, exported, it is the same."""
+"""Attention in a YOLO of ultralytics: trained, resumed, loaded anew, exported, it is the same network."""
 
 import subprocess
 import sys
