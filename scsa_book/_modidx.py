@@ -3682,6 +3682,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'scsa_book/training/tasks.py'),
                                           'scsa_book.training.tasks.typed_options': ( 'training/tasks.html#typed_options',
                                                                                       'scsa_book/training/tasks.py'),
+                                          'scsa_book.training.tasks.weights_file': ( 'training/tasks.html#weights_file',
+                                                                                     'scsa_book/training/tasks.py'),
                                           'scsa_book.training.tasks.with_attention': ( 'training/tasks.html#with_attention',
                                                                                        'scsa_book/training/tasks.py')},
             'scsa_book.training.trained': { 'scsa_book.training.trained.Trained': ( 'see/networks.html#trained',

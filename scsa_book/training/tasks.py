@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AP', 'TASKS', 'HEADS', 'OFFLINE', 'CHOOSE', 'Kind', 'load_classification', 'classifier_options', 'build_classifier',
            'sizes_of', 'load_detection', 'with_attention', 'build_detection', 'load_segmentation', 'build_segmentation',
-           'typed_data', 'mechanism_options', 'typed_options', 'check_weights', 'stock_weights', 'load_weights',
-           'build_network']
+           'typed_data', 'mechanism_options', 'typed_options', 'weights_file', 'check_weights', 'stock_weights',
+           'load_weights', 'build_network']
 
 # %% ../../nbs/training/tasks.ipynb #562a746e
 import inspect
@@ -28,6 +28,7 @@ from ..networks.placement import attend, load_stock
 from ..networks.segmentation import build_segmenter, segmenter_names, segmenter_options
 from ..networks.weights_file import WeightsError, kind_of, named_as, read_weights, without
 from ..options import Options, checked, model_of
+from ..paths import embedded
 
 # %% ../../nbs/training/tasks.ipynb #8cc427e1
 @dataclass(frozen=True)
@@ -175,6 +176,12 @@ OFFLINE = "Fetch them where there is a network, and name the file: weights=PATH"
 CHOOSE = "Name the network that it belongs to (network=, or backbone=), or weights=imagenet"
 
 
+def weights_file(source: str) -> Path:
+    "The path itself, or the file of the trained network of the book that has this name."
+    path = Path(source).expanduser()
+    return path if path.exists() else embedded("networks") / f"{source}.safetensors"
+
+
 def check_weights(name: str, source: str | None) -> None:
     "ValueError unless `source` gives initial weights; of a file only its kind is checked."
     if source == "imagenet":
@@ -182,20 +189,21 @@ def check_weights(name: str, source: str | None) -> None:
             models.get_model_weights(name)
         except ValueError:
             raise ValueError(f"weights='imagenet': torchvision has none for {name}") from None
-    elif source and not Path(source).expanduser().exists():
-        raise ValueError(f"weights={source!r} is neither a file nor 'imagenet'")
+    elif source and not weights_file(source).exists():
+        names = sorted(path.stem for path in embedded("networks").glob("*.safetensors"))
+        raise ValueError(f"weights={source!r} is neither a file nor one of imagenet, {', '.join(names)}")
     elif source:
-        kind_of(Path(source).expanduser())
+        kind_of(weights_file(source))
 
 
 def stock_weights(
     name: str,  # of the network, in torchvision
-    source: str,  # "imagenet", or the path of a file
+    source: str,  # "imagenet", the name of a trained network of the book, or the path of a file
 ) -> Mapping[str, Tensor]:
     "Weights of a network; ValueError if there are none."
     check_weights(name, source)
     if source != "imagenet":
-        return read_weights(source)
+        return read_weights(weights_file(source))
     try:
         return models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, or a damaged download
