@@ -71,6 +71,7 @@ ADVICE = (
     ".*number of training batches",
     ".*dataloader is not resumable",  # ours is: its sampler skips what was seen
     ".*is deprecated, use .isinstance",  # between Lightning and newer PyTorch
+    ".*`srun` command is available",  # a sweep hands one process to SLURM; the page would name its path
 )
 
 # %% ../../nbs/training/run.ipynb #b1c1cf69
