@@ -114,7 +114,7 @@ fit(config, build_network(config, len(images.classes)), images, where)
 """
 
 
-@pytest.fixture(scope="module", params=["detect", "segment"])
+@pytest.fixture(scope="module")
 def whole_run(request, tmp_path_factory):
     "A configuration, and the run of it that nobody disturbs."
     config, folder = tiny(request.param, attention="scsa"), tmp_path_factory.mktemp("uninterrupted")
@@ -122,7 +122,16 @@ def whole_run(request, tmp_path_factory):
     return config, train(config, where)[0]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("whole_run", "how"),
+    [
+        ("detect", signal.SIGTERM),
+        ("segment", signal.SIGKILL),
+        pytest.param("detect", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("segment", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+    indirect=["whole_run"],
+)
 def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(whole_run, how, where, tmp_path):
     config, whole = whole_run
     command = [sys.executable, "-c", CHILD, config.model_dump_json(), str(tmp_path)]
