@@ -1,0 +1,28 @@
+"""Pages as people read them: what stands on the first screen, and whether what they show can be pasted."""
+
+import re
+
+import filter as reader
+import pytest
+from conftest import ROOT, cells_of
+
+CORE = ["channel/se", "hybrid/cbam", "collaboration/cat", "hybrid/sa", "synergy/smsa", "synergy/pcsa"]
+CORE_CHAPTERS = pytest.mark.parametrize("name", [*CORE, "synergy/scsa"])
+
+
+def opening(name):
+    "The cells of a chapter above its first section."
+    for cell in cells_of(ROOT / f"nbs/{name}.ipynb"):
+        if cell["cell_type"] == "markdown" and re.search(r"^## ", reader.text(cell), re.M):
+            return
+        yield cell
+
+
+@CORE_CHAPTERS
+def test_a_core_chapter_opens_with_its_question_a_figure_and_the_equation(name):
+    cells = list(opening(name))
+    words = "\n".join(reader.text(cell) for cell in cells if cell["cell_type"] == "markdown")
+    drawn = [cell for cell in cells if "#| label: fig-module" in reader.text(cell)]
+    assert re.search(r"^\*\*.+\?\*\*", words, re.M), "a question in bold"
+    assert len(drawn) == 1 and "image/svg+xml" in drawn[0]["outputs"][0]["data"]
+    assert "$$" in words and r"\odot" in words and r"\sigma(t) = 1" in words
