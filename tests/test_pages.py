@@ -3,7 +3,9 @@
 import re
 
 import filter as reader
+import nbformat
 import pytest
+import text
 from conftest import ROOT, cells_of
 
 CORE = ["channel/se", "hybrid/cbam", "collaboration/cat", "hybrid/sa", "synergy/smsa", "synergy/pcsa"]
@@ -26,3 +28,16 @@ def test_a_core_chapter_opens_with_its_question_a_figure_and_the_equation(name):
     assert re.search(r"^\*\*.+\?\*\*", words, re.M), "a question in bold"
     assert len(drawn) == 1 and "image/svg+xml" in drawn[0]["outputs"][0]["data"]
     assert "$$" in words and r"\odot" in words and r"\sigma(t) = 1" in words
+
+
+def shown(cells):
+    "What cells show as Markdown."
+    outputs = [o for cell in cells for o in cell.get("outputs", [])]
+    return ["".join(o["data"]["text/markdown"]) for o in outputs if "text/markdown" in o.get("data", {})]
+
+
+def test_the_findings_on_the_home_page_are_those_of_the_committed_results():
+    path = ROOT / "nbs/index.ipynb"
+    again = nbformat.read(path, 4)
+    text.run(again, path.parent)
+    assert shown(again.cells) == shown(cells_of(path)), "execute the home page again, then make readme"
