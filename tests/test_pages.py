@@ -4,6 +4,7 @@ import re
 
 import filter as reader
 import nbformat
+import preview
 import pytest
 import text
 from conftest import ROOT, cells_of
@@ -41,3 +42,32 @@ def test_the_findings_on_the_home_page_are_those_of_the_committed_results():
     again = nbformat.read(path, 4)
     text.run(again, path.parent)
     assert shown(again.cells) == shown(cells_of(path)), "execute the home page again, then make readme"
+
+
+RESULTS = r"\]\(\.\./results/([\w-]+)\.ipynb"
+
+
+@CORE_CHAPTERS
+def test_a_core_chapter_links_to_its_evidence(name):
+    cells = cells_of(ROOT / f"nbs/{name}.ipynb", "markdown")
+    measured = [reader.text(cell) for cell in cells if "{.measured}" in reader.text(cell)]
+    assert len(measured) == 1 and re.search(RESULTS, measured[0])
+
+
+@pytest.mark.parametrize(
+    "source, chapter", [("scsa", "synergy/scsa"), ("sanet", "hybrid/sa"), ("cat", "collaboration/cat")]
+)
+def test_the_page_of_a_paper_and_the_chapter_of_its_mechanism_link_to_each_other(source, chapter):
+    there, back = ROOT / f"nbs/results/{source}.ipynb", ROOT / f"nbs/{chapter}.ipynb"
+    assert f"](../{chapter}.ipynb)" in "".join(map(reader.text, cells_of(there, "markdown")))
+    assert f"](../results/{source}.ipynb)" in "".join(map(reader.text, cells_of(back, "markdown")))
+
+
+def test_every_reference_has_an_address():
+    entries = preview.bibliography(ROOT / "nbs/references.bib")
+    addresses = {key: entry.get("doi") or entry.get("url") for key, entry in entries.items()}
+    assert [key for key, address in addresses.items() if not address] == []
+    assert len(set(addresses.values())) == len(addresses) >= 59, "one address each"
+    for key, address in addresses.items():
+        assert re.fullmatch(r"https://\S+|10\.\d{4,9}/\S+", address), key
+        assert address in preview.full_entry(entries[key])
