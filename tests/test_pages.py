@@ -1,13 +1,17 @@
 """Pages as people read them: what stands on the first screen, and whether what they show can be pasted."""
 
+import ast
+import os
 import re
+import subprocess
+import sys
 
 import filter as reader
 import nbformat
 import preview
 import pytest
 import text
-from conftest import ROOT, cells_of
+from conftest import ROOT, cells_of, name_of, notebooks
 
 CORE = ["channel/se", "hybrid/cbam", "collaboration/cat", "hybrid/sa", "synergy/smsa", "synergy/pcsa"]
 CORE_CHAPTERS = pytest.mark.parametrize("name", [*CORE, "synergy/scsa"])
@@ -71,3 +75,63 @@ def test_every_reference_has_an_address():
     for key, address in addresses.items():
         assert re.fullmatch(r"https://\S+|10\.\d{4,9}/\S+", address), key
         assert address in preview.full_entry(entries[key])
+
+
+# ---- code that can be pasted
+
+JOB = sorted((ROOT / "nbs/use").glob("*.ipynb"))
+# Their pages show results; the code is behind them.
+SHOWN_BY_CODE = {"results", "see", "evidence"}
+PARTS = SHOWN_BY_CODE | {"runs", "nbs", "cpu", "sample"}
+READ = [path for path in notebooks() if path.parent.name not in PARTS]
+
+
+def blocks(path, kind="visible"):
+    "Code cells that a reader sees, folded ones included, or those that the page hides."
+    for cell in cells_of(path, "code"):
+        head, body = reader.split_head(reader.text(cell))
+        words = {line.removeprefix("#|").strip() for line in head}
+        hidden = any(word.startswith(("hide", "echo: false", "default_exp")) for word in words)
+        if "peers" not in words and hidden == (kind == "hidden"):
+            yield words, re.sub(r"^(\s*)[!%].*$", r"\1pass", body, flags=re.M)
+
+
+def names(body, kind):
+    "Names that code reads (`ast.Load`) or binds."
+    found = set()
+    for node in ast.walk(ast.parse(body)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) == (kind is ast.Load):
+            found.add(node.id)
+        elif kind is not ast.Load and isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif kind is not ast.Load and isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif kind is not ast.Load and isinstance(node, ast.ExceptHandler) and node.name:
+            found.add(node.name)
+        elif kind is not ast.Load and isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", READ, ids=name_of)
+def test_visible_code_needs_no_hidden_cell(path):
+    hidden = {name for _, body in blocks(path, "hidden") for name in names(body, ast.Store)}
+    known = set()
+    for _, body in blocks(path):
+        known |= names(body, ast.Store)
+        assert not (names(body, ast.Load) & hidden) - known, f"only a hidden cell defines it: {body}"
+
+
+@pytest.mark.parametrize("path", [p for p in JOB if list(blocks(p))], ids=name_of)
+def test_what_a_page_for_the_job_shows_runs_as_it_stands(path, tmp_path):
+    seen = list(blocks(path))
+    plain = [not any(word.startswith("code-fold") for word in words) for words, _ in seen]
+    sources = [body for _, body in seen]
+    alone, whole = "\n".join(sources[: plain.index(True) + 1]), "\n".join(sources)
+    show = "from IPython.display import display\n"
+    for program in (alone, whole):
+        file = tmp_path / "pasted.py"
+        file.write_text(show + program, "utf-8")
+        quiet = {"cwd": path.parent, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, file], env=os.environ | {"MPLBACKEND": "agg"}, **quiet)
+        assert done.returncode == 0, done.stderr[-2000:]
