@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from filelock import FileLock
 from jupyter_core.utils import run_sync
+from safetensors.torch import save_file
 
 from scsa_book import cli
 from scsa_book.paths import KEEP_MEMORY
@@ -323,3 +324,16 @@ def test_a_run_notebook_has_a_parameter_for_every_setting(path):
 @pytest.mark.parametrize("word", ["lr=1e-3", "lr=0.001", "lr=.001"])
 def test_numbers_may_be_written_in_any_way(word):
     assert configure("sample", **cli.parse_parameters([word])).lr == 0.001
+
+
+def test_export_of_a_weights_file_in_eight_bits(tmp_path, capsys):
+    "The weights of the file, and calibration on photographs; a folder without any is named."
+    network = cli.network_of_file("resnet20", "se", None, 10)
+    save_file(network.state_dict(), tmp_path / "own.safetensors")
+    how = ["export", "resnet20", "--attention", "se", "--classes", "10", "--size", "32"]
+    how += ["--weights", str(tmp_path / "own.safetensors"), "--file", str(tmp_path / "small")]
+    code, out, _ = said(capsys, *how, "--int8", str(ROOT / "data" / "coco-mini" / "val2017"))
+    assert code == 0 and "largest error" in out
+    assert (tmp_path / "small.onnx").stat().st_size < (tmp_path / "own.safetensors").stat().st_size / 2
+    code, _, err = said(capsys, *how, "--int8", str(tmp_path))
+    assert code == 2 and "has no images for calibration" in err
