@@ -967,6 +967,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'scsa_book.data.loading.loader': ('training/loading.html#loader', 'scsa_book/data/loading.py'),
                                         'scsa_book.data.loading.on_accelerator': ( 'training/loading.html#on_accelerator',
                                                                                    'scsa_book/data/loading.py'),
+                                        'scsa_book.data.loading.shared_memory': ( 'training/loading.html#shared_memory',
+                                                                                  'scsa_book/data/loading.py'),
                                         'scsa_book.data.loading.shuffled': ('training/loading.html#shuffled', 'scsa_book/data/loading.py')},
             'scsa_book.data.scenes': { 'scsa_book.data.scenes.Scene': ('training/scenes.html#scene', 'scsa_book/data/scenes.py'),
                                        'scsa_book.data.scenes.SceneItems': ('training/scenes.html#sceneitems', 'scsa_book/data/scenes.py'),

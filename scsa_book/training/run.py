@@ -76,7 +76,6 @@ ADVICE = (
     ".*sync_dist=True",  # the metrics are those of all processes
     ".*`srun` command is available",  # a single process does not need it
     ".*is deprecated, use .isinstance",  # between Lightning and newer PyTorch
-    ".*`srun` command is available",  # a sweep hands one process to SLURM; the page would name its path
 )
 
 # %% ../../nbs/training/run.ipynb #b1c1cf69
