@@ -162,7 +162,8 @@ def write(to: str, order: Order, path: Path, int8: Iterable[Tensor] | None) -> N
         if int8 is not None:
             quantise(path, int8)
     except Exception as problem:
-        raise refusal(to, f"its converter stops: {problem or type(problem).__name__}") from problem
+        said = str(problem).strip() or type(problem).__name__
+        raise refusal(to, f"its converter stops: {said}") from problem
 
 # %% ../../nbs/deploy/export.ipynb #eb74cf45
 def checked(to: str, example: Tensor, network: nn.Module, wanted: dict[str, bool]) -> Runtime:
