@@ -6,6 +6,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 from hashlib import md5, sha256
 
@@ -233,6 +235,24 @@ def test_a_folder_that_was_named_starts_no_download(tmp_path, monkeypatch):
         load_dataset("cifar100", tmp_path)
 
 
+def test_of_several_runs_one_downloads_and_the_others_wait(tmp_path, monkeypatch):
+    archive, at_once = tmp_path / "new" / "archive", []
+
+    def slowly(root, download):
+        if not archive.exists():
+            at_once.append("downloading")
+            time.sleep(0.3)
+            archive.touch()
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", slowly)
+    runs = [threading.Thread(target=images.download_cifar100, args=(archive.parent,)) for _ in range(5)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(20)
+    assert at_once == ["downloading"] and archive.exists()
+
+
 def test_a_download_that_fails_says_where_to_get_it(tmp_path, monkeypatch):
     def offline(*arguments, **options):
         raise urllib.error.URLError(OSError(errno.ENETUNREACH, "Network is unreachable"))
@@ -413,6 +433,14 @@ def test_sets_in_memory_need_no_workers_on_a_cpu(birds, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert loading.good_workers(load_dataset("fashion-mnist").train) == 0
     assert loading.good_workers(load_dataset("folder:birds", birds).train) >= 1
+
+
+def test_workers_need_shared_memory_and_share_the_cores(birds, monkeypatch):
+    dataset = load_dataset("folder:birds", birds).train
+    monkeypatch.setattr(loading, "usable_cores", lambda: 8)
+    assert [loading.good_workers(dataset, processes) for processes in (1, 4, 16)] == [8, 2, 1]
+    monkeypatch.setattr(loading, "shared_memory", lambda: 64 * 2**20)
+    assert loading.good_workers(dataset) == 0
 
 
 def test_crops_of_a_batch_are_those_of_each_image():

@@ -12,7 +12,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import ROOT
 from filelock import FileLock
 
@@ -308,7 +307,15 @@ def test_a_half_done_sweep_has_the_first_seed_of_everything(book, swept, monkeyp
     assert (book / "order").read_text().split() == [config.id for config in plan]
 
 
-def test_a_sweep_stops_at_its_time_limit(book, swept, monkeypatch):
+@pytest.fixture
+def ignored_interrupts():
+    "As in a background process of a shell script."
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_sweep_stops_at_its_time_limit(book, swept, monkeypatch, ignored_interrupts):
     (book / "wait.py").write_text(WAIT)
     monkeypatch.setattr(sweeps, "JOB", (str(book / "wait.py"),))
     begun = lambda: read(book / "begun").splitlines()  # noqa: E731
@@ -497,76 +504,3 @@ def test_a_sweep_on_slurm(book, swept, slurm):
     assert len(calls) == 4, "three runs, one of them twice"
     for asked in ("--gpus=1", "--cpus-per-task=4", "--mem 16000", "-t 240", "-A my-account"):
         assert all(asked in call for call in calls), asked
-
-
-# ---- one run on several devices
-
-
-# A run without augmentation, which every process would draw for itself.
-RUN = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import nn
-from scsa_book.data.images import TensorImages, load_dataset
-from scsa_book.training.config import Execution, configure
-from scsa_book.training.run import fit
-from scsa_book.training.tasks import build_network
-
-def each_image_alone(module):
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(4, child.num_features))
-        else:
-            each_image_alone(child)
-
-torch.set_default_dtype(torch.float64)
-norm, devices, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-config = configure("sample", train_images=256, test_images=99, epochs=2, attention="eca")
-images = load_dataset(config.dataset, None, config.train_images, config.test_images)
-images = replace(images, train=TensorImages(images.train.images, images.train.labels))
-network = build_network(config, len(images.classes))
-if norm == "group":
-    each_image_alone(network)
-execution = Execution(results_dir=out / "results", cache_dir=out / f"cache{devices}{norm}", accelerator="cpu",
-                  devices=devices, strategy="ddp" if devices > 1 else "auto")
-done = fit(config, network, images, execution)
-if rank_zero_only.rank == 0:
-    found = {"weights": done.network.state_dict(), "metrics": [e.metrics for e in done.epochs]}
-    torch.save(found | {"devices": done.devices}, out / f"{norm}{devices}.pt")
-"""
-
-
-def trained(folder, norm, devices):
-    "Weights and metrics of a run by `devices` processes."
-    (folder / "run.py").write_text(RUN)
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
-    words = [*(start if devices > 1 else []), str(folder / "run.py"), norm, str(devices), str(folder)]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(folder / f"{norm}{devices}.pt")
-
-
-def distance(one, other):
-    "The largest difference of a weight, relative to the largest weight of its tensor."
-    pairs = [(one["weights"][name], other["weights"][name]) for name in one["weights"]]
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs if a.is_floating_point())
-
-
-@pytest.mark.slow
-def test_two_processes_end_where_one_does_with_the_same_batch(tmp_path, monkeypatch):
-    """Group normalisation treats each image alone, so only the order of summation differs.
-
-    In single precision eight steps make more of that than one would like to allow; in double precision it
-    stays at the last digits. With batch normalisation each process has the statistics of its own half, and
-    that this is seen shows that the comparison can fail.
-    """
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    one, two = trained(tmp_path, "group", 1), trained(tmp_path, "group", 2)
-    assert (one["devices"], two["devices"]) == (1, 2)
-    assert distance(one, two) < 1e-12
-    for of_one, of_two in zip(one["metrics"], two["metrics"], strict=True):
-        assert of_two == pytest.approx(of_one, abs=2e-6)  # they are rounded to 6 digits
-    assert distance(trained(tmp_path, "batch", 1), trained(tmp_path, "batch", 2)) > 1e-3

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -365,7 +366,9 @@ def download_cifar100(root: Path) -> None:
     from torchvision.datasets import CIFAR100
 
     try:
-        CIFAR100(root, download=True)
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / "cifar100.lock"):
+            CIFAR100(root, download=True)  # nothing if the files are there
     except (OSError, RuntimeError) as error:
         remedy = f"{FACTS['cifar100'].remedy} Or name its folder: data_root, or SCSA_BOOK_DATA."
         raise DataError(f"CIFAR-100 could not be downloaded ({error})", root, remedy) from error

@@ -9,6 +9,7 @@ __all__ = ['Reseed', 'SaveOnTermination', 'keep_newest', 'readable', 'newest_che
 # %% ../../nbs/training/checkpoints.ipynb #fb25060f
 import contextlib
 import shutil
+import signal
 import zipfile
 import zlib
 from pathlib import Path
@@ -25,8 +26,9 @@ from torch import nn
 # %% ../../nbs/training/checkpoints.ipynb #aa5308fe
 from ..data.loading import derived_seed
 from .config import RunConfig
+from .history import gathered
 
-# %% ../../nbs/training/checkpoints.ipynb #bbe9c4a7
+# %% ../../nbs/training/checkpoints.ipynb #174bcd94
 class Reseed(L.Callback):
     "Makes the random numbers of an epoch a function of the seed and the epoch."
 
@@ -34,18 +36,20 @@ class Reseed(L.Callback):
         self.seed, self.state = seed, None
 
     def state_dict(self) -> dict:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return {"ranks": gathered((torch.get_rng_state(), cuda))}
 
     def load_state_dict(self, state: dict) -> None:
         self.state = state
 
     def on_train_start(self, trainer, task) -> None:
         # At the start of an epoch this is overwritten at once; in a resumed epoch it is used.
-        if self.state and trainer.global_rank == 0:
-            torch.set_rng_state(self.state["cpu"])
-            if len(self.state["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(self.state["cuda"])
+        states = (self.state or {}).get("ranks", [])  # 0.1.0 stored something else
+        if len(states) == trainer.world_size:
+            cpu, cuda = states[trainer.global_rank]
+            torch.set_rng_state(cpu)
+            if cuda is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(cuda)
 
     def on_train_epoch_start(self, trainer, task) -> None:
         epoch, rank = trainer.current_epoch, trainer.global_rank
@@ -56,7 +60,19 @@ class SaveOnTermination(L.Callback):
     "Writes a checkpoint when the process gets SIGTERM in the middle of an epoch."
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.terminated = folder, False
+
+    def on_train_start(self, trainer, task) -> None:
+        if trainer.world_size > 1:
+            signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, number, frame) -> None:
+        self.terminated = True
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
+        several = trainer.world_size > 1
+        if several and trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
+            trainer._signal_connector.received_sigterm = True  # Lightning stops after this step
 
     def on_exception(self, trainer, task, exception) -> None:
         if isinstance(exception, SIGTERMException) and trainer.training:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECIDES_NETWORK', 'FITTING', 'RunConfig', 'contradictions', 'digest', 'Execution', 'ConfigError', 'must_be_known',
-           'preset_values', 'configure', 'check_names', 'check_network', 'check_strategy', 'from_notebook']
+           'preset_values', 'configure', 'check_names', 'check_network', 'from_notebook']
 
 # %% ../../nbs/training/config.ipynb #a936d965
 import hashlib
@@ -37,7 +37,7 @@ class RunConfig(BaseModel):
     network: str = "resnet8"
     backbone: str | None = None  # of a detector or segmenter; None: its own default
     network_options: dict[str, Any] = {}  # of a detector or segmenter
-    weights: str | None = None  # initial weights: "imagenet" or a file; None: random
+    weights: str | None = None  # initial: "imagenet", a dataset of data/networks, a file; None: random
     attention: str | None = None  # None: the plain network
     position: str | None = None  # None: the mechanism's default
     options: dict[str, Any] = {}  # of the mechanism
@@ -115,7 +115,8 @@ class Execution(BaseModel):
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto"
     devices: Whole = Field(1, ge=1)
     nodes: Whole = Field(1, ge=1)
-    strategy: str = "auto"  # Lightning's strategy for several devices: ddp, ...
+    strategy: str = "auto"  # for several devices: ddp, ddp_find_unused_parameters_true
+    sync_batchnorm: StrictBool | None = None  # batch statistics over all devices; None: on GPUs
     data_root: Path | None = None  # None: SCSA_BOOK_DATA
     results_dir: Path | None = None  # None: nbs/results of the book
     cache_dir: Path | None = None  # None: .cache/runs of the book
@@ -180,7 +181,7 @@ def check_names(config: RunConfig) -> None:
 
     if config.attention:
         must_be_known("attention", config.attention, ["none", *registry.names()])
-    check_weights(config.backbone or config.network, config.weights)
+    check_weights(config.backbone or config.network, config.weights, config.attention)
 
 # %% ../../nbs/training/config.ipynb #8688672c
 DECIDES_NETWORK = {
@@ -207,22 +208,16 @@ def check_network(config: RunConfig) -> None:
     FITTING.add(chosen)
 
 # %% ../../nbs/training/config.ipynb #4cae0f8c
-def check_strategy(name: str) -> None:
-    "ConfigError for a way to share the work that Lightning does not have."
-    if name != "auto":
-        from lightning.pytorch.strategies import StrategyRegistry
-
-        must_be_known("strategy", name, ["auto", *StrategyRegistry.available_strategies()])
-
-# %% ../../nbs/training/config.ipynb #6a521f45
 def from_notebook(names: Mapping[str, Any]) -> tuple[RunConfig, Execution]:
     "Configuration and execution from a notebook's `globals()`."
+    from scsa_book.training.devices import check_devices
+
     given = {name: names[name] for name in RunConfig.model_fields if name in names}
     where = {name: names[name] for name in Execution.model_fields if name in names}
     where = {name: value for name, value in where.items() if value is not None}
     try:
-        execution = Execution(**where)
-        check_strategy(execution.strategy)
-        return configure(**given), execution
+        config, execution = configure(**given), Execution(**where)
+        check_devices(config, execution)
+        return config, execution
     except ValidationError as error:
         raise ConfigError(one_line(error)) from None

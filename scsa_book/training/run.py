@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADVICE', 'FULL', 'make_trainer', 'quiet_lightning', 'keep_memory', 'report_full_disk', 'OutOfMemory',
            'is_out_of_memory', 'report_out_of_memory', 'RunInterrupted', 'report_interruption', 'synchronised',
-           'Outcome', 'task_class', 'guarded', 'fit', 'outcome', 'images_seen', 'make_result', 'save_result']
+           'Outcome', 'task_class', 'guarded', 'train', 'fit', 'outcome', 'images_seen', 'make_result', 'save_result']
 
 # %% ../../nbs/training/run.ipynb #59b90a33
 import contextlib
@@ -14,13 +14,14 @@ import errno
 import logging
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 # %% ../../nbs/training/run.ipynb #ecb22734
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
@@ -34,6 +35,7 @@ from scsa_book.training.checkpoints import (
     checkpoint_bytes, forget, keep_last, keep_newest, newest_checkpoint, run_lock,
 )  # fmt: skip
 from .config import Execution, RunConfig
+from .devices import check_devices, device_kind, launch, processes, started_outside
 from .history import History
 from scsa_book.training.result import (
     Data, Epoch, Machine, RunResult,
@@ -56,6 +58,7 @@ def make_trainer(
         max_epochs=config.epochs, precision=config.precision,
         accelerator=execution.accelerator, devices=execution.devices,
         num_nodes=execution.nodes, strategy=execution.strategy,
+        plugins=None if started_outside(execution) else LightningEnvironment(),
         logger=CSVLogger(folder, name="log"), default_root_dir=folder,
         callbacks=[Reseed(config.seed), history, keep_newest(folder), SaveOnTermination(folder)],
         enable_progress_bar=bar, enable_model_summary=False,
@@ -70,6 +73,8 @@ ADVICE = (
     ".*exists and is not empty",
     ".*number of training batches",
     ".*dataloader is not resumable",  # ours is: its sampler skips what was seen
+    ".*sync_dist=True",  # the metrics are those of all processes
+    ".*`srun` command is available",  # a single process does not need it
     ".*is deprecated, use .isinstance",  # between Lightning and newer PyTorch
 )
 
@@ -77,16 +82,18 @@ ADVICE = (
 @contextlib.contextmanager
 def quiet_lightning():
     "Suppresses Lightning's warnings that do not apply."
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.WARNING)
+    logs = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for text in ADVICE:
             warnings.filterwarnings("ignore", text)
         try:
             yield
         finally:
-            log.setLevel(level)
+            for log, level in zip(logs, levels, strict=True):
+                log.setLevel(level)
 
 # %% ../../nbs/training/run.ipynb #72e7f268
 def keep_memory() -> None:
@@ -152,8 +159,8 @@ def report_interruption(history: History):
 # %% ../../nbs/training/run.ipynb #35ff0af9
 def synchronised(network: nn.Module, execution: Execution) -> nn.Module:
     "Batch normalisation over all GPUs of a run; PyTorch has none for several CPU processes."
-    several = execution.devices * execution.nodes > 1
-    if several and execution.accelerator != "cpu" and torch.cuda.is_available():
+    wanted = execution.sync_batchnorm is not False and device_kind(execution) == "cuda"
+    if processes(execution) > 1 and wanted:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network
 
@@ -169,6 +176,7 @@ class Outcome:
     started: datetime
     device: str
     devices: int
+    threads: int = field(default_factory=torch.get_num_threads)  # of PyTorch in each process
 
     @property
     def parameters(self) -> int:
@@ -191,19 +199,15 @@ def guarded(config: RunConfig, folder: Path, needed: int, history: History):
             yield
 
 # %% ../../nbs/training/run.ipynb #77524276
-def fit(
-    config: RunConfig,
-    network: nn.Module,  # of build_network
-    images: ImageDataset,
-    execution: Execution = Execution(),  # noqa: B008
+def train(
+    config: RunConfig, network: nn.Module, images: ImageDataset, execution: Execution
 ) -> Outcome:
-    "Train a network, from its newest checkpoint if there is one."
+    "Train a network in this process."
     keep_memory()
     folder, needed = run_folder(config, execution), checkpoint_bytes(config, network)
     require_space(folder, needed, "cache_dir")
     require_space(result_path(config, execution).parent, 2**20, "results_dir")
-    world = execution.devices * execution.nodes
-    counts = {"world": world, "steps": config.epoch_steps}
+    counts = {"world": processes(execution), "steps": config.epoch_steps}
     steps = len(EpochSampler(len(images.train), config.batch_size, config.seed, **counts))
     network = synchronised(network, execution)
     task = task_class(config.task)(config, network, images, steps)
@@ -221,6 +225,18 @@ def fit(
             raise RunInterrupted(f"{where}; the same call resumes there")
         keep_last(folder)
     return outcome(task, history, trainer)
+
+# %% ../../nbs/training/run.ipynb #14a38093
+def fit(
+    config: RunConfig,
+    network: nn.Module,  # of build_network
+    images: ImageDataset,
+    execution: Execution = Execution(),  # noqa: B008
+) -> Outcome:
+    "Train a network, from its newest checkpoint if there is one."
+    check_devices(config, execution)
+    alone = processes(execution) == 1 or started_outside(execution)
+    return (train if alone else launch)(config, network, images, execution)
 
 # %% ../../nbs/training/run.ipynb #69392f53
 def outcome(task: Task, history: History, trainer: L.Trainer) -> Outcome:
@@ -260,7 +276,7 @@ def make_result(config: RunConfig, images: ImageDataset, done: Outcome) -> RunRe
         ),
         machine=Machine(
             device=done.device, devices=done.devices,
-            threads=torch.get_num_threads(), versions=versions(),
+            threads=done.threads, versions=versions(),
         ),
         code=code_state(),
         starts=done.starts,
