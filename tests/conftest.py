@@ -26,7 +26,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    # What is imported and collected lives as long as the tests. Collecting garbage in it took a tenth of their time.
+    # What is imported and collected lives as long as the tests; looking for garbage in it took a tenth
+    # of their time.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
 

@@ -181,7 +181,7 @@ def weights_file(source: str, attention: str | None) -> Path:
     path, own = Path(source).expanduser(), f"{source}-{attention or 'plain'}.safetensors"
     return path if path.exists() else embedded("networks") / own
 
-
+# %% ../../nbs/training/tasks.ipynb #2b4cc3bb
 def check_weights(name: str, source: str | None, attention: str | None = None) -> None:
     "ValueError unless `source` gives initial weights; of a file only its kind is checked."
     if source == "imagenet":
