@@ -138,15 +138,14 @@ def submit(script: Path) -> str:
     job = properties(script)
     params, folder, run = job["params"], Path(job["params"]["folder"]), job["params"]["run"]
     (folder / "log").mkdir(exist_ok=True)
-    if run in (old := waiting_jobs(folder)):
-        number = old[run].number
-    else:
-        try:
-            number = submitted(sbatch(params, job["resources"]))
-        except RuntimeError as error:
-            note(folder, "failed", run, f"SLURM refused the job: {error}")
-            note(folder, "done", run)
-            return REFUSED
+    try:
+        with FileLock(folder / "submit.lock"):  # a killed driver's submission may be under way
+            old = waiting_jobs(folder).get(run)
+            number = old.number if old else submitted(sbatch(params, job["resources"]))
+    except RuntimeError as error:
+        note(folder, "failed", run, f"SLURM refused the job: {error}")
+        note(folder, "done", run)
+        return REFUSED
     note(folder, "jobs", number, run)
     return number
 
