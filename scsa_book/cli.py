@@ -7,10 +7,10 @@ __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot',
            'Compiled', 'see', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters',
            'title', 'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory',
            'of_this_interpreter', 'kernel', 'execute', 'is_locked', 'in_words', 'make_run', 'run', 'sweep', 'job',
-           'beside_the_claim', 'evaluation_page', 'execute_evaluation', 'evaluate', 'keep', 'export_network',
-           'names_in_use', 'list_names', 'counting', 'recounting', 'ledger', 'modules', 'gpu', 'kernels',
-           'network_to_see', 'cam', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings',
-           'doctor']
+           'beside_the_claim', 'evaluation_page', 'execute_evaluation', 'evaluate', 'keep', 'network_of_file',
+           'export_network', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger', 'modules', 'gpu',
+           'kernels', 'network_to_see', 'cam', 'networks', 'memory_gib', 'devices', 'data_found', 'quarto_found',
+           'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -460,6 +460,20 @@ def keep(
     print(f"written: {keep(found[0], path, execution)}")
 
 # %% ../nbs/reference/command-line.ipynb #d66c5ed3
+def network_of_file(network: str, attention: str | None, weights: Path | None, classes: int):
+    "A network with attention, and the weights of a file if there is one."
+    from scsa_book.networks.build import build
+    from scsa_book.networks.placement import attend
+    from scsa_book.networks.weights_file import below, read_weights
+
+    made = build(network, classes)
+    made = attend(made, attention) if attention else made
+    if weights:
+        state = read_weights(weights)
+        made.load_state_dict(below("network.", state) or state)
+    return made
+
+# %% ../nbs/reference/command-line.ipynb #cd31caa6
 @app.command("export")
 def export_network(
     network: Annotated[str, typer.Argument(help="A backbone of `scsa-book list`.")],
@@ -471,20 +485,17 @@ def export_network(
     size: Annotated[int, typer.Option(min=1, help="Side of an image.")] = 224,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Free batch, height, width.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Weights in half precision.")] = False,
+    int8: Annotated[Path | None, typer.Option(help="Photographs: layers in eight bits.")] = None,
 ) -> None:
     "Write a network for another runtime, and compare it there with PyTorch."
     import torch
-    from scsa_book.deploy.export import export
-    from scsa_book.networks.build import build
-    from scsa_book.networks.placement import attend
-    from scsa_book.networks.weights_file import read_weights
+    from scsa_book.deploy.export import export, photographs
 
-    made = build(network, classes)
-    made = attend(made, attention) if attention else made
-    if weights:
-        made.load_state_dict(read_weights(weights))
+    made = network_of_file(network, attention, weights, classes)
+    images = photographs(int8, size) if int8 else None
     example = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    print(export(made, example, to, file, dynamic=dynamic, half=half))
+    example = images[0] if images else example
+    print(export(made, example, to, file, dynamic=dynamic, half=half, int8=images))
 
 # %% ../nbs/reference/command-line.ipynb #5fb3ad5b
 def names_in_use() -> dict[str, list[str]]:

@@ -243,7 +243,9 @@ def test_exports(name):
     assert relative(program.module()(many), module(many)) < 1e-5
 
 
+# The quick tests have the same with free sizes, in test_deploy.
 @MECHANISM
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx(name):
     runtime = pytest.importorskip("onnxruntime")

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from filelock import FileLock
 from jupyter_core.utils import run_sync
+from safetensors.torch import save_file
 
 from scsa_book import cli
 from scsa_book.paths import KEEP_MEMORY
@@ -139,18 +140,6 @@ def test_again_repeats_it(swept, inside, monkeypatch, capsys):
     assert code == 0 and given["again"] is True and "finished before" not in out
 
 
-def test_a_whole_run_prints_one_line(inside, capsys):
-    book = inside
-    words = [f"-p{name}={value}" for name, value in {**TINY, "attention": "scsa", "seed": 1}.items()]
-    code, out, err = said(capsys, "run", "classify", *words)
-    config = configure("sample", attention="scsa", seed=1, **TINY)
-    assert code == 0 and out.count("\n") == 1 and out.startswith(config.id)
-    assert "epoch 1/1  train_loss" in err and "Traceback" not in err
-    folder = book / "nbs" / "results" / "sample"
-    assert (folder / f"{config.id}.json").is_file() and (folder / f"{config.id}.ipynb").is_file()
-    assert not (book / ".cache" / "runs" / config.id / "notebook.ipynb").exists()
-
-
 def test_a_run_without_its_data_says_what_is_missing(inside, tmp_path, capsys):
     words = ("-p", "dataset=folder:birds", "--data-root", str(tmp_path))
     code, out, err = said(capsys, "run", "classify", *words)
@@ -246,7 +235,7 @@ def test_a_kernel_is_ready_for_a_run_keeps_memory_and_ends_with_the_block(tmp_pa
     assert os.environ[one] == "1" and other not in os.environ
 
 
-def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(inside, capsys):
+def test_a_run_that_is_asked_to_leave_says_so_and_the_next_one_ends_it(inside, capsys):
     book = inside
     # SIGTERM reaches this command alone; the training is in a process that it has started.
     many = {**TINY, "epochs": 15, "seed": 5}
@@ -260,9 +249,15 @@ def test_a_run_that_is_asked_to_leave_says_so_and_goes_on(inside, capsys):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
     assert re.search(r"terminated after \d+ epochs; the same call resumes there", err)
-    code, _, err = said(capsys, "run", "classify", *parameters)
-    assert code == 0, err
-    result = load_result(book / "nbs" / "results" / "sample" / f"{configure('sample', **many).id}.json")
+    assert "Traceback" not in err
+    code, out, err = said(capsys, "run", "classify", *parameters)
+    config = configure("sample", **many)
+    assert code == 0 and out.count("\n") == 1 and out.startswith(config.id)
+    assert "epoch 15/15  train_loss" in err and "Traceback" not in err
+    assert not (book / ".cache" / "runs" / config.id / "notebook.ipynb").exists()
+    page = book / "nbs" / "results" / "sample" / f"{config.id}.ipynb"
+    assert page.is_file()
+    result = load_result(page.with_suffix(".json"))
     assert result.starts == 2 and [e.epoch for e in result.epochs] == [*range(1, 16)]
 
 
@@ -329,3 +324,16 @@ def test_a_run_notebook_has_a_parameter_for_every_setting(path):
 @pytest.mark.parametrize("word", ["lr=1e-3", "lr=0.001", "lr=.001"])
 def test_numbers_may_be_written_in_any_way(word):
     assert configure("sample", **cli.parse_parameters([word])).lr == 0.001
+
+
+def test_export_of_a_weights_file_in_eight_bits(tmp_path, capsys):
+    "The weights of the file, and calibration on photographs; a folder without any is named."
+    network = cli.network_of_file("resnet20", "se", None, 10)
+    save_file(network.state_dict(), tmp_path / "own.safetensors")
+    how = ["export", "resnet20", "--attention", "se", "--classes", "10", "--size", "32"]
+    how += ["--weights", str(tmp_path / "own.safetensors"), "--file", str(tmp_path / "small")]
+    code, out, _ = said(capsys, *how, "--int8", str(ROOT / "data" / "coco-mini" / "val2017"))
+    assert code == 0 and "largest error" in out
+    assert (tmp_path / "small.onnx").stat().st_size < (tmp_path / "own.safetensors").stat().st_size / 2
+    code, _, err = said(capsys, *how, "--int8", str(tmp_path))
+    assert code == 2 and "has no images for calibration" in err

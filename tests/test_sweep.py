@@ -306,7 +306,15 @@ def test_a_half_done_sweep_has_the_first_seed_of_everything(book, swept, monkeyp
     assert (book / "order").read_text().split() == [config.id for config in plan]
 
 
-def test_a_sweep_stops_at_its_time_limit(book, swept, monkeypatch):
+@pytest.fixture
+def ignored_interrupts():
+    "As in a background process of a shell script."
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_sweep_stops_at_its_time_limit(book, swept, monkeypatch, ignored_interrupts):
     (book / "wait.py").write_text(WAIT)
     monkeypatch.setattr(sweeps, "JOB", (str(book / "wait.py"),))
     begun = lambda: read(book / "begun").splitlines()  # noqa: E731

@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
 
 from scsa_book.data.images import BatchIndices
@@ -113,7 +114,7 @@ fit(config, build_network(config, len(images.classes)), images, where)
 """
 
 
-@pytest.fixture(scope="module", params=["detect", "segment"])
+@pytest.fixture(scope="module")
 def whole_run(request, tmp_path_factory):
     "A configuration, and the run of it that nobody disturbs."
     config, folder = tiny(request.param, attention="scsa"), tmp_path_factory.mktemp("uninterrupted")
@@ -121,7 +122,16 @@ def whole_run(request, tmp_path_factory):
     return config, train(config, where)[0]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("whole_run", "how"),
+    [
+        ("detect", signal.SIGTERM),
+        ("segment", signal.SIGKILL),
+        pytest.param("detect", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("segment", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+    indirect=["whole_run"],
+)
 def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(whole_run, how, where, tmp_path):
     config, whole = whole_run
     command = [sys.executable, "-c", CHILD, config.model_dump_json(), str(tmp_path)]
@@ -205,10 +215,25 @@ def test_a_backbone_begins_with_the_weights_of_a_file(tmp_path):
 
 
 def test_weights_that_are_not_there_are_said():
-    with pytest.raises(ValueError, match="'nowhere.pth' is neither a file nor 'imagenet'"):
+    with pytest.raises(ValueError, match="'nowhere.pth' is neither 'imagenet', nor a file"):
         stock_weights("resnet18", "nowhere.pth")
     with pytest.raises(ValueError, match="torchvision has none for resnet8"):
         stock_weights("resnet8", "imagenet")
+
+
+@pytest.mark.parametrize(("task", "options"), [("detect", TINY | SMALL), ("segment", {"channels": 16})])
+def test_a_backbone_begins_with_the_network_in_the_book_that_has_its_mechanism(task, options):
+    placed = {"attention": "scsa", "position": "before_last_conv"}
+    config = tiny(task, **placed, weights="imagenette", network_options=options | {"width": 16})
+    kept = load_file(ROOT / "data" / "networks" / "imagenette-scsa.safetensors")
+    body = TASKS[task].body(build_network(config, 4)).state_dict()
+    assert body.keys() == {key for key in kept if not key.startswith("fc.")}
+    assert all(torch.equal(body[key], kept[key].to(body[key].dtype)) for key in body)
+
+
+def test_a_mechanism_without_a_network_of_the_book_is_refused():
+    with pytest.raises(ValueError, match="'imagenette' is neither .* has a network with cbam"):
+        stock_weights("resnet18", "imagenette", "cbam")
 
 
 def test_objects_that_are_found_exactly_have_a_precision_of_100():

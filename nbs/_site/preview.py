@@ -97,7 +97,9 @@ def short_authors(entry):
 def full_entry(entry):
     year, title = entry.get("year", "n.d."), entry.get("title", "")
     where = entry.get("journal") or entry.get("booktitle") or entry.get("publisher") or ""
-    return f"{entry.get('author', '?')} ({year}). *{title}*." + (f" {where}." if where else "")
+    address = f"https://doi.org/{entry['doi']}" if "doi" in entry else entry.get("url", "")
+    parts = [f"{entry.get('author', '?')} ({year}). *{title}*."]
+    return " ".join(parts + [f"{where}."] * bool(where) + [f"<{address}>"] * bool(address))
 
 
 def mathml(tex, **options):

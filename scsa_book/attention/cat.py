@@ -308,9 +308,9 @@ JOINT = ("proper", "2d", "zeros")  # entropy, filter and border that the operato
 
 def together(x: Tensor, channel: ChannelLogits, spatial: SpatialLogits) -> tuple[Tensor, Tensor]:
     "The descriptors of both parts, which have one filter and proper entropies: (B, 3, C), (B, 3, H, W)."
-    z, p = (t.unbind() for t in descriptors(x, spatial.low_pass.kernel))
-    z = torch.stack([*z[:2], channel.entropy.rescaled(z[2])], 1)
-    p = torch.cat([-p[0], p[1], spatial.entropy.rescaled(p[2])], 1)
+    *z, entropy_z, mean, largest, entropy_p = descriptors(x, spatial.low_pass.kernel)
+    z = torch.stack([*z, channel.entropy.rescaled(entropy_z)], 1)
+    p = torch.cat([-mean, largest, spatial.entropy.rescaled(entropy_p)], 1)
     return z.flatten(2).to(x.dtype), p.to(x.dtype)
 
 

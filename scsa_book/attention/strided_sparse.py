@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATTERNS', 'ENTRY', 'can_attend', 'dense_weights', 'to_rows', 'key_blocks', 'query_blocks', 'block_mask',
-           'masked_attention', 'block_attention', 'sparse_attention', 'check_patterns', 'PatternAttention',
+           'plain_attention', 'block_attention', 'sparse_attention', 'check_patterns', 'PatternAttention',
            'StridedSparse']
 
 # %% ../../nbs/spatial/strided-sparse.ipynb #4ce994cd
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Entry, check_positive
+from ..operators.choice import recorded
 from ..operators.pairwise import single_precision
 
 # %% ../../nbs/spatial/strided-sparse.ipynb #0ae5c4ba
@@ -105,18 +106,21 @@ def block_mask(
     return (seen & (j >= 0) | (i < 0))[None]
 
 # %% ../../nbs/spatial/strided-sparse.ipynb #29974d29
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    "Attention in plain PyTorch: (..., queries, d), S keys and values, mask (..., queries, S)."
-    scores = q * q.shape[-1] ** -0.5 @ k.mT
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    "Attention: (..., queries, d), S keys and values, mask (..., queries, S); `None`: all keys."
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    "The same by PyTorch's fused kernel where possible; without a mask: all keys."
-    if mask is None or not q.is_cuda or not torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # On a GPU, Inductor (PyTorch 2.11) passes the mask in a layout that the kernel rejects.
-    return masked_attention(q, k, v, mask)
+    "The same by PyTorch's fused kernel, unless the steps are recorded."
+    # ExecuTorch replaces the kernel by one of other strides, and on a GPU Inductor (PyTorch 2.11)
+    # passes the mask in a layout that the kernel rejects.
+    if recorded():
+        return plain_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def sparse_attention(

@@ -34,11 +34,11 @@ class Order:
     half: bool = False  # whether weights are stored in half precision
 
     def free(self, upper: bool = False) -> tuple | None:
-        "Free sizes for `torch.export`; `upper`: at most those of the example."
+        "Free sizes for `torch.export`; `upper`: at most those of the example, and three or more."
         if not self.dynamic:
             return None
         size = torch.export.Dim.DYNAMIC
-        most = self.example.shape
+        most = [max(n, 3) for n in self.example.shape]  # one or two is taken for always two
         return ({i: size(min=1, max=most[i]) if upper else size for i in (0, 2, 3)},)
 
 # %% ../../nbs/deploy/runtimes.ipynb #a0aea4bb

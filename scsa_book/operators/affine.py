@@ -41,9 +41,8 @@ def normalise_channels(
     u = x.flatten(1, 2).to(torch.promote_types(x.dtype, torch.float32))
     centred = u - u.mean((2, 3), keepdim=True)
     variance = (centred * centred).mean((2, 3), keepdim=True)
-    t = centred / (variance + eps).sqrt()
     weight, bias = (p.repeat(x.shape[1])[:, None, None] for p in (weight, bias))
-    return (bias + weight * t).to(x.dtype)
+    return (bias + weight / (variance + eps).sqrt() * centred).to(x.dtype)
 
 
 def normalise_channels_at_once(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -27,10 +27,10 @@ def filtered(x: Tensor, kernel: Tensor) -> Tensor:
 def descriptors(
     x: Tensor,  # (B, C, H, W)
     kernel: Tensor,  # of the filter, (k, k), k odd: a product of rows and columns
-) -> tuple[Tensor, Tensor]:  # of channels (3, B, C, 1, 1), of positions (3, B, 1, H, W)
+) -> tuple[Tensor, ...]:  # three of channels (B, C, 1, 1), and three of positions (B, 1, H, W)
     "Mean, maximum of the filtered map and entropy in nats; half precision becomes single."
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     smooth = filtered(x, kernel)
     channels = global_average(x), global_maximum(smooth), global_entropy(wide)
     positions = channel_average(x), channel_maximum(smooth), channel_entropy(wide)
-    return tuple(torch.stack([t.to(wide.dtype) for t in found]) for found in (channels, positions))
+    return tuple(t.to(wide.dtype) for t in channels + positions)

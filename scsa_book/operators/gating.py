@@ -76,6 +76,7 @@ def column_sums(
         torch.sum(p * weights, -2, keepdim=True, out=to)
 
 
+
 # %% ../../nbs/operators/gating.ipynb #5b6d7f52
 @gate_axes_gradient.on("cpu")
 def gate_axes_gradient_cpu(
@@ -157,7 +158,7 @@ def gate_sum(
     s_p: Tensor,  # (B, 1, H, W)
 ) -> Tensor:  # (B, C, H, W)
     "Every position times the sum of the gate of its channel and its own gate."
-    return x * s_c + x * s_p
+    return x * (s_c + s_p)
 
 
 @operator

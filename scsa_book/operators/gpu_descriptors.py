@@ -175,10 +175,10 @@ def indexed_descriptors(x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tens
     "`descriptors` with the logarithms of the sums as a fourth row; and both indices of maxima."
     smooth, found = filtered(x, kernel), descriptors.written(x, kernel)
     wide = x.to(found[0].dtype)
-    sums = wide.logsumexp((2, 3), keepdim=True), wide.logsumexp(1, keepdim=True)
+    z = torch.stack([*found[:3], wide.logsumexp((2, 3), keepdim=True)])
+    p = torch.stack([*found[3:], wide.logsumexp(1, keepdim=True)])
     index = smooth.flatten(2).max(2).indices, smooth.max(1).indices
-    rows = (torch.cat([t, u[None]]) for t, u in zip(found, sums, strict=True))
-    return *rows, *(i.to(torch.int32) for i in index)
+    return z, p, *(i.to(torch.int32) for i in index)
 
 # %% ../../nbs/operators/gpu-descriptors.ipynb #aebb4c84
 @kernels(indexed_descriptors)
@@ -286,7 +286,7 @@ def descriptors_gradient(
     with torch.enable_grad():
         leaf = x if again else x.detach().requires_grad_()
         found = descriptors.written(leaf, kernel)
-        return torch.autograd.grad(found, leaf, (g_c[:3], g_p[:3]), create_graph=again)[0]
+        return torch.autograd.grad(found, leaf, (*g_c[:3], *g_p[:3]), create_graph=again)[0]
 
 # %% ../../nbs/operators/gpu-descriptors.ipynb #d595489d
 def like_map(
@@ -311,7 +311,7 @@ def descriptors_gradient_gpu(
 
 # %% ../../nbs/operators/gpu-descriptors.ipynb #b8eb4a19
 class Descriptors(torch.autograd.Function):
-    "`descriptors` by the two kernels."
+    "Channels and positions of `descriptors` by the two kernels: (3, B, C, 1, 1), (3, B, 1, H, W)."
 
     @staticmethod
     def forward(ctx, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,5 +325,6 @@ class Descriptors(torch.autograd.Function):
 
 
 @descriptors.composed_on(choice.GPU, **RULE)
-def descriptors_gpu(x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
-    return Descriptors.apply(x, kernel)
+def descriptors_gpu(x: Tensor, kernel: Tensor) -> tuple[Tensor, ...]:
+    channels, positions = Descriptors.apply(x, kernel)
+    return *channels.unbind(), *positions.unbind()

@@ -20,6 +20,8 @@ def shuffle(
     shuffle_groups: int,  # number of groups; channels are taken from each in turn
 ) -> Tensor:
     "Channel shuffle, as in ShuffleNet; with one group the map itself."
+    if shuffle_groups == 1:
+        return x
     split = (shuffle_groups, x.shape[1] // shuffle_groups)
     return x.unflatten(1, split).transpose(1, 2).flatten(1, 2)
 

@@ -37,7 +37,7 @@ class RunConfig(BaseModel):
     network: str = "resnet8"
     backbone: str | None = None  # of a detector or segmenter; None: its own default
     network_options: dict[str, Any] = {}  # of a detector or segmenter
-    weights: str | None = None  # initial weights: "imagenet" or a file; None: random
+    weights: str | None = None  # initial: "imagenet", a dataset of data/networks, a file; None: random
     attention: str | None = None  # None: the plain network
     position: str | None = None  # None: the mechanism's default
     options: dict[str, Any] = {}  # of the mechanism
@@ -181,7 +181,7 @@ def check_names(config: RunConfig) -> None:
 
     if config.attention:
         must_be_known("attention", config.attention, ["none", *registry.names()])
-    check_weights(config.backbone or config.network, config.weights)
+    check_weights(config.backbone or config.network, config.weights, config.attention)
 
 # %% ../../nbs/training/config.ipynb #8688672c
 DECIDES_NETWORK = {

@@ -301,6 +301,8 @@ def snakemake() -> None:
         os._exit(1)
 
     threading.Thread(target=leave_with_driver, daemon=True).start()
+    # the background processes of a shell script ignore interrupts, and so would Snakemake
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     runpy.run_module("snakemake", run_name="__main__", alter_sys=True)
 
 # %% ../../nbs/training/sweep.ipynb #0b278edf

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AP', 'TASKS', 'HEADS', 'OFFLINE', 'CHOOSE', 'Kind', 'load_classification', 'classifier_options', 'build_classifier',
            'sizes_of', 'load_detection', 'with_attention', 'build_detection', 'load_segmentation', 'build_segmentation',
-           'typed_data', 'mechanism_options', 'typed_options', 'check_weights', 'stock_weights', 'load_weights',
-           'build_network']
+           'typed_data', 'mechanism_options', 'typed_options', 'weights_file', 'check_weights', 'stock_weights',
+           'load_weights', 'build_network']
 
 # %% ../../nbs/training/tasks.ipynb #562a746e
 import inspect
@@ -28,6 +28,7 @@ from ..networks.placement import attend, load_stock
 from ..networks.segmentation import build_segmenter, segmenter_names, segmenter_options
 from ..networks.weights_file import WeightsError, kind_of, named_as, read_weights, without
 from ..options import Options, checked, model_of
+from ..paths import embedded
 
 # %% ../../nbs/training/tasks.ipynb #8cc427e1
 @dataclass(frozen=True)
@@ -175,36 +176,46 @@ OFFLINE = "Fetch them where there is a network, and name the file: weights=PATH"
 CHOOSE = "Name the network that it belongs to (network=, or backbone=), or weights=imagenet"
 
 
-def check_weights(name: str, source: str | None) -> None:
+def weights_file(source: str, attention: str | None) -> Path:
+    "The path itself, or the file of the book's network for a dataset that has this mechanism."
+    path, own = Path(source).expanduser(), f"{source}-{attention or 'plain'}.safetensors"
+    return path if path.exists() else embedded("networks") / own
+
+# %% ../../nbs/training/tasks.ipynb #2b4cc3bb
+def check_weights(name: str, source: str | None, attention: str | None = None) -> None:
     "ValueError unless `source` gives initial weights; of a file only its kind is checked."
     if source == "imagenet":
         try:
             models.get_model_weights(name)
         except ValueError:
             raise ValueError(f"weights='imagenet': torchvision has none for {name}") from None
-    elif source and not Path(source).expanduser().exists():
-        raise ValueError(f"weights={source!r} is neither a file nor 'imagenet'")
+    elif source and not weights_file(source, attention).exists():
+        raise ValueError(
+            f"weights={source!r} is neither 'imagenet', nor a file, nor a dataset for which "
+            f"data/networks has a network with {attention or 'no attention'}"
+        )
     elif source:
-        kind_of(Path(source).expanduser())
+        kind_of(weights_file(source, attention))
 
 
 def stock_weights(
     name: str,  # of the network, in torchvision
-    source: str,  # "imagenet", or the path of a file
+    source: str,  # "imagenet", a dataset of the networks in data/networks, or the path of a file
+    attention: str | None = None,  # of the network in data/networks
 ) -> Mapping[str, Tensor]:
     "Weights of a network; ValueError if there are none."
-    check_weights(name, source)
+    check_weights(name, source, attention)
     if source != "imagenet":
-        return read_weights(source)
+        return read_weights(weights_file(source, attention))
     try:
         return models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, or a damaged download
         raise WeightsError("imagenet", f"weights of {name} could not be fetched ({error})", OFFLINE) from None
 
 # %% ../../nbs/training/tasks.ipynb #c9c228c7
-def load_weights(body: nn.Module, name: str, source: str) -> None:
+def load_weights(body: nn.Module, name: str, source: str, attention: str | None = None) -> None:
     "Load the weights of a run into its backbone, all but a classifier's head."
-    own, state = without(HEADS, body.state_dict()), stock_weights(name, source)
+    own, state = without(HEADS, body.state_dict()), stock_weights(name, source, attention)
     free = [key for key in own if ".attention." in f".{key}"]
     heads = tuple(pattern.rstrip("*") for pattern in HEADS)
     try:
@@ -221,5 +232,6 @@ def build_network(config, classes: int) -> nn.Module:
     network = kind.build(config, classes)
     on_meta = any(p.is_meta for p in network.parameters())
     if config.weights and not on_meta:  # with shapes only there is nothing to load
-        load_weights(kind.body(network), config.backbone or config.network, config.weights)
+        name = config.backbone or config.network
+        load_weights(kind.body(network), name, config.weights, config.attention)
     return network
