@@ -412,12 +412,12 @@ def as_table(folder: Path, found: list[tuple[str, ...]]) -> Table:
     return table
 
 # %% ../../nbs/training/sweep.ipynb #18841146
-SILENCE = 120  # seconds
-
-
 def console() -> Console:
     "For a terminal, or for plain lines elsewhere, in a notebook too."
     return Console(force_jupyter=False, force_terminal=sys.stdout.isatty())
+
+# %% ../../nbs/training/sweep.ipynb #7e380c19
+SILENCE = 120  # seconds
 
 
 class Display:

@@ -1,7 +1,7 @@
 #!/bin/bash
 # The sweep on a real SLURM: Debian's packages, one machine, two CPUs, loopback only. As root:
 #   apt-get install --no-install-recommends slurm-wlm munge slurmdbd mariadb-server
-#   tests/slurm/run.sh
+#   tests/slurm/run.sh               (or one of the two: tests/slurm/run.sh slurmdbd)
 # It starts SLURM (first without accounting, then with slurmdbd), executes scenario.py and stops what it started.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -18,7 +18,7 @@ stop() {  # by the numbers of what was started, the last first
 	for file in ctld node dbd; do
 		[ -f "$STATE/$file.pid" ] || continue
 		pid=$(cat "$STATE/$file.pid")
-		kill "$pid"
+		kill "$pid" 2> /dev/null || continue
 		while kill -0 "$pid" 2> /dev/null; do sleep 0.2; done
 	done
 }
@@ -75,7 +75,8 @@ database() {
 	until mariadb --socket="$STATE/maria.socket" -e "create database book; create user slurm@localhost identified by
 		'slurm'; grant all on book.* to slurm@localhost" 2> /dev/null; do sleep 1; done
 	cat > "$STATE/slurmdbd.conf" <<-END
-	DbdHost=127.0.0.1
+	DbdHost=$HOST
+	DbdAddr=127.0.0.1
 	DbdPort=16820
 	SlurmUser=root
 	PidFile=$STATE/dbd.pid
@@ -93,7 +94,7 @@ database() {
 }
 
 exec > >(tee tests/slurm/output.txt)
-for accounting in none slurmdbd; do
+for accounting in ${*:-none slurmdbd}; do
 	configure $accounting
 	[ $accounting = slurmdbd ] && database
 	slurmctld
