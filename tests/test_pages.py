@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import filter as reader
 import nbformat
@@ -135,3 +136,36 @@ def test_what_a_page_for_the_job_shows_runs_as_it_stands(path, tmp_path):
         quiet = {"cwd": path.parent, "capture_output": True, "text": True}
         done = subprocess.run([sys.executable, file], env=os.environ | {"MPLBACKEND": "agg"}, **quiet)
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+# ---- exercises
+
+CHECK = re.compile(r"^def (check_[123])\(yours\):", re.M)
+SIX = pytest.mark.parametrize("name", CORE)
+
+
+@SIX
+def test_a_core_chapter_has_three_exercises_with_a_check_and_a_folded_solution(name):
+    cells = cells_of(ROOT / f"nbs/{name}.ipynb")
+    whole = [reader.text(cell) for cell in cells]
+    checks = [i for i, source in enumerate(whole) if CHECK.search(source)]
+    assert [CHECK.search(whole[i])[1] for i in checks] == ["check_1", "check_2", "check_3"]
+    for i, end in zip(checks, [*checks[1:], len(whole)], strict=True):
+        assert re.search(r"^\d\. ", whole[i - 1], re.M) and whole[i + 1].startswith("::: {.answer}")
+        (solution,) = (cell for cell in cells[i + 1 : end] if reader.text(cell).startswith("check_"))
+        assert "'right'" in str(solution["outputs"]), "the solution is checked, too"
+
+
+@SIX
+@pytest.mark.slow
+def test_the_checks_of_a_core_chapter_refuse_wrong_answers(name):
+    program = "\n".join(body for _, body in blocks(ROOT / f"nbs/{name}.ipynb"))
+    wrong = ("None", "(1, 2)", "0", "{'nothing'}", "lambda *given: 0 * x_real.mean()", "lambda *given: 1")
+    for check in ("check_1", "check_2", "check_3"):
+        for answer in wrong:
+            program += f"\ntry:\n    {check}({answer})\nexcept Exception:\n    pass\n"
+            program += f"else:\n    raise SystemExit({f'{check} takes {answer}'!r})\n"
+    quiet = {"cwd": ROOT / "nbs" / Path(name).parent, "capture_output": True, "text": True}
+    command = [sys.executable, "-c", "from IPython.display import display\n" + program]
+    done = subprocess.run(command, env=os.environ | {"MPLBACKEND": "agg"}, **quiet)
+    assert done.returncode == 0, done.stderr[-1000:]

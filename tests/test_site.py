@@ -116,6 +116,12 @@ def test_a_figure_takes_the_colours_of_the_page():
     assert f'href="#{ids[1]}"' in one
 
 
+def test_an_image_that_is_drawn_twice_has_no_id():
+    image = '<image xlink:href="data:," id="imagea1" transform="x"/>'
+    made = reader.theme_svg(f"<svg>{image}{image}</svg>", "f1-", "a")
+    assert made.count("<image") == 2 and "imagea1" not in made and made.count('transform="x"') == 2
+
+
 # ---- the filter: Markdown and front matter
 
 
