@@ -159,6 +159,8 @@ def passing_on_sigterm():
     def pass_on(number, frame):
         for child in psutil.Process().children():
             child.send_signal(number)
+        if callable(before):  # a sweep's job notes it
+            before(number, frame)
 
     before = signal.signal(signal.SIGTERM, pass_on)
     try:
@@ -332,22 +334,28 @@ def sweep(
     time_limit: Annotated[float | None, typer.Option(min=0, help="Minutes, then it stops.")] = None,
     profile: Profile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Only show how each run is.")] = False,
+    cancel_old: Annotated[
+        bool, typer.Option("--cancel-old", help="Cancel jobs of a killed driver, instead of adopting them.")
+    ] = False,
     data_root: DataRoot = None,
 ) -> None:
     "Execute all runs of some experiments; finished ones are skipped."
     from scsa_book.training import sweep as sweeps
 
+    if status:
+        return sweeps.show_status(*names, preset=preset, seeds=seeds)
     how = {"preset": preset, "seeds": seeds, "cores": cores, "profile": profile}
-    how |= {"per_gpu": per_gpu, "time_limit": time_limit}
+    how |= {"per_gpu": per_gpu, "time_limit": time_limit, "cancel_old": cancel_old}
     sweeps.sweep(*names, **how, dry_run=dry_run, data_root=data_root, words=in_words)
 
 # %% ../nbs/reference/command-line.ipynb #cbba4bc9
 @app.command(hidden=True)
-def job(folder: Path, run_id: str, attempt: int = 1) -> None:
+def job(folder: Path, run_id: str) -> None:
     "One run of a sweep; Snakemake starts it."
     from scsa_book.training import sweep as sweeps
 
-    sweeps.job(folder, run_id, execute, attempt)
+    sweeps.job(folder, run_id, execute)
 
 # %% ../nbs/reference/command-line.ipynb #958b5909
 def beside_the_claim(result) -> str:
@@ -752,6 +760,7 @@ def quarto_found() -> str:
 def findings() -> Iterator[tuple[str, str]]:
     "The items that the doctor checks, and its findings."
     from scsa_book.paths import book_root
+    from scsa_book.training.cluster import slurm_found
     from scsa_book.training.result import free_bytes, versions
     from scsa_book.training.tasks import TASKS
 
@@ -764,6 +773,7 @@ def findings() -> Iterator[tuple[str, str]]:
     for name in dict.fromkeys(name for kind in TASKS.values() for name in kind.datasets):
         if ":" not in name:
             yield name, data_found(name)
+    yield "SLURM", slurm_found()
     yield "quarto", quarto_found()
 
 # %% ../nbs/reference/command-line.ipynb #a2c25a6b

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 from hashlib import md5, sha256
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -438,7 +439,8 @@ def test_sets_in_memory_need_no_workers_on_a_cpu(birds, monkeypatch):
 def test_workers_need_shared_memory_and_share_the_cores(birds, monkeypatch):
     dataset = load_dataset("folder:birds", birds).train
     monkeypatch.setattr(loading, "usable_cores", lambda: 8)
-    assert [loading.good_workers(dataset, processes) for processes in (1, 4, 16)] == [8, 2, 1]
+    trainers = [SimpleNamespace(num_devices=count) for count in (1, 4, 16)]
+    assert [loading.good_workers(dataset, trainer) for trainer in trainers] == [8, 2, 1]
     monkeypatch.setattr(loading, "shared_memory", lambda: 64 * 2**20)
     assert loading.good_workers(dataset) == 0
 

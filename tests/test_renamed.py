@@ -44,8 +44,9 @@ def quietly(call):
 
 
 REMOVED = {(row.module, row.old) for row in KIND["removed"]}
-# Their parameters changed with what they do: a converted layer, and a command that takes several experiments.
-OTHER_PARAMETERS = {"Instead(channels)", "Instead(stride)", "convolve_groups(convs)"}
+# Their parameters changed with what they do: a converted layer, a command that takes several experiments, and
+# a job that counts its attempts itself.
+OTHER_PARAMETERS = {"Instead(channels)", "Instead(stride)", "convolve_groups(convs)", "job(attempt)"}
 # Steps of the fast path of 0.1.0 that mechanisms have no more: operators take them.
 STEPS = {
     "PlaceLogits.logits",

@@ -65,9 +65,8 @@ def execute(task, parameters, config, execution):
         )
         write_atomic(result_path(config, execution), result.model_dump_json())
 
-folder, run_id, option, attempt = sys.argv[1:]
-assert option == "--attempt"
-sweep.job(Path(folder), run_id, execute, int(attempt))
+folder, run_id = sys.argv[1:]
+sweep.job(Path(folder), run_id, execute)
 """
 
 DRIVER = """
@@ -165,8 +164,8 @@ def test_a_run_that_fails_is_tried_again_and_reported_while_the_others_go_on(boo
     assert re.search(rf"^\[\d/3\] failed: {bad}: the loss became nan$", out, re.M)
     log = sweeps.sweep_folder("three") / "log" / f"{bad}.log"
     assert out.endswith(f"failed: {bad}: the loss became nan\n        log: {log}\n")
-    said = re.findall("attempt .|at work", log.read_text())
-    assert said == ["attempt 1", "at work", "attempt 2", "at work"]
+    said = re.findall("^(attempt on|at work|RuntimeError: .*nan)", log.read_text(), re.M)
+    assert [word.split(":")[0] for word in said] == ["attempt on", "at work", "RuntimeError"] * 2
     assert [len(starts(book, run)) for run in (se, bad, eca)] == [1, 2, 1]
     assert {line.split()[2] for run in (se, bad, eca) for line in starts(book, run)} == {"1"}, "threads"
     assert {path.name for path in book.iterdir()} == {
@@ -267,7 +266,7 @@ def test_each_run_has_a_gpu_of_its_own(book, swept, monkeypatch):
 
 def test_a_gpu_that_is_taken_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    held = [sweeps.take_gpu(["3", "5"], tmp_path) for _ in range(2)]
+    held = [sweeps.take_gpu(["3", "5"], tmp_path)[0] for _ in range(2)]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
     waiting = threading.Thread(target=sweeps.take_gpu, args=(["3", "5"], tmp_path))
     waiting.start()
@@ -282,11 +281,11 @@ def test_several_runs_share_a_gpu_if_it_is_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "local_gpus", lambda: ("3", "5"))
     monkeypatch.setattr(sweeps, "usable_cores", lambda: 16)
     where, plan = sweeps.where_to_run(None, None, per_gpu=2)
-    assert plan == {"threads": 4, "gpus": ("3", "5", "3", "5")} and where[-1] == "gpus=4"
+    assert plan == {"threads": 4, "gpus": ("3", "5", "3", "5")} and where[-1] == "gpu=4"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     seen, held = [], []
     for _ in range(4):
-        held.append(sweeps.take_gpu(list(plan["gpus"]), tmp_path))
+        held += sweeps.take_gpu(list(plan["gpus"]), tmp_path)
         seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert seen == ["3", "5", "3", "5"] and len({lock.lock_file for lock in held}) == 4
 
@@ -319,11 +318,11 @@ def test_a_sweep_stops_at_its_time_limit(book, swept, monkeypatch, ignored_inter
     (book / "wait.py").write_text(WAIT)
     monkeypatch.setattr(sweeps, "JOB", (str(book / "wait.py"),))
     begun = lambda: read(book / "begun").splitlines()  # noqa: E731
-    clock = SimpleNamespace(monotonic=lambda: 481.0 if begun() else 0.0, sleep=time.sleep)
+    clock = SimpleNamespace(monotonic=lambda: 61.0 if begun() else 0.0, sleep=time.sleep)
     monkeypatch.setattr(sweeps, "time", clock)
-    out, message = swept("twelve", cores=2, time_limit=8)
+    out, message = swept("twelve", cores=2, time_limit=1)
     assert message is None and out == (
-        "twelve: 12 runs, 0 finished\nstopped after 8 minutes: 12 runs are left; the same command continues\n"
+        "twelve: 12 runs, 0 finished\nstopped after 1 minutes: 12 runs are left; the same command continues\n"
     )
     until(lambda: not any(alive(int(pid)) for pid in begun()), 10)
     assert len(begun()) <= 2, "more were started"
@@ -332,8 +331,7 @@ def test_a_sweep_stops_at_its_time_limit(book, swept, monkeypatch, ignored_inter
 def test_a_failure_before_the_time_limit_is_reported(book, swept, monkeypatch):
     se, bad, eca = (config for config, _ in experiment("three").plan())
     monkeypatch.setattr(sweeps, "run_plan", lambda *given: [se, eca])
-    sweeps.sweep_folder("three").joinpath("log").mkdir(parents=True)
-    (sweeps.sweep_folder("three") / "log" / f"{bad.id}.log").touch()
+    sweeps.note(sweeps.sweep_folder("three"), "attempts", bad.id)
     out, message = swept("three", time_limit=1)
     assert message == f"1 of 3 runs failed: {bad.id}" and "2 runs are left" in out
 
@@ -355,9 +353,9 @@ def test_without_snakemake_the_error_says_how_to_get_it(book, monkeypatch):
 
 
 def test_without_its_executor_a_profile_says_what_to_install(book, monkeypatch):
-    missing = "snakemake_executor_plugin_slurm"
+    missing = "snakemake_executor_plugin_cluster_generic"
     monkeypatch.setattr(sweeps, "find_spec", lambda name: None if name == missing else name)
-    with pytest.raises(sweeps.SweepFailed, match="pip install snakemake-executor-plugin-slurm"):
+    with pytest.raises(sweeps.SweepFailed, match="pip install snakemake-executor-plugin-cluster-generic"):
         sweeps.sweep("three", profile="slurm")
 
 
@@ -437,7 +435,7 @@ def workers(snakemake):
 
 
 def test_the_slurm_profile_is_understood(book, capsys):
-    pytest.importorskip("snakemake_executor_plugin_slurm", reason="for Python 3.11 or newer")
+    pytest.importorskip("snakemake_executor_plugin_cluster_generic", reason="for Python 3.11 or newer")
     sweeps.sweep("three", profile="slurm", dry_run=True)
     assert capsys.readouterr().out.count("to do: ") == 3
 
@@ -449,58 +447,121 @@ def test_the_kubernetes_profile_is_understood(book, capsys):
     assert capsys.readouterr().out.count("to do: ") == 3
 
 
-# What SLURM's commands print and do as far as the executor uses them; jobs run here, beside each other.
-SLURM = """#!{python}
-import os, subprocess, sys
-from pathlib import Path
-
-state, command, words = Path(__file__).parent / "state", Path(sys.argv[0]).name, sys.argv[1:]
-state.mkdir(exist_ok=True)
-with open(state / "calls", "a") as file:
-    print(command, *words, file=file)
-if command == "sbatch":
-    number = str(len(list(state.glob("*.out"))) + 1)
-    wrapped = next(word for word in words if word.startswith("--wrap=")).removeprefix("--wrap=")
-    with open(state / f"{{number}}.out", "w") as out:
-        line = f"{{wrapped}}; echo $? > '{{state / number}}.rc'"
-        variables = {{**os.environ, "SLURM_JOB_ID": number}}
-        subprocess.Popen(line, shell=True, stdout=out, stderr=out, env=variables, start_new_session=True)
-    print(number)
-elif command == "sacctmgr":
-    print("my-account")
-elif command == "srun":
-    os.execvp("sh", ["sh", "-c", '"$@"', "sh", *words[words.index(sys.executable):]])
-elif command == "sacct":
-    for out in state.glob("*.out"):
-        ended = out.with_suffix(".rc")
-        text = ended.read_text().strip() if ended.exists() else ""
-        print(out.stem, {{"": "RUNNING", "0": "COMPLETED"}}.get(text, "FAILED"), sep="|")
-"""
+def test_a_profile_of_another_executor_keeps_its_own_commands(book):
+    pytest.importorskip("snakemake_executor_plugin_cluster_generic", reason="for Python 3.11 or newer")
+    (book / "mine").mkdir()
+    (book / "mine" / "config.yaml").write_text(
+        "executor: cluster-generic\ncluster-generic-submit-cmd: bsub\n"
+    )
+    assert sweeps.on_a_cluster(str(book / "mine"))[2:] == []
+    assert "--cluster-generic-status-cmd" in sweeps.on_a_cluster("slurm", 3)
 
 
-@pytest.fixture
-def slurm(book, monkeypatch, tmp_path):
-    "Commands that look like SLURM's on the path, and the book's profile with an account."
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("sbatch", "srun", "sacct", "squeue", "sinfo", "sacctmgr", "scontrol", "scancel"):
-        (folder / name).write_text(SLURM.format(python=sys.executable))
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    profile = book / "profiles" / "slurm" / "config.yaml"
-    text = re.sub(r"# (slurm_\w+:)", r"\1", profile.read_text())
-    quick = "slurm-init-seconds-before-status-checks: 1\nseconds-between-status-checks: 1\n"
-    profile.write_text(text + quick)
-    return folder / "state"
+# What an experiment requests
 
 
-@pytest.mark.slow
-def test_a_sweep_on_slurm(book, swept, slurm):
-    pytest.importorskip("snakemake_executor_plugin_slurm", reason="for Python 3.11 or newer")
-    se, bad, eca = (config.id for config, _ in experiment("three").plan())
-    out, message = swept("three", profile="slurm", cores=2)
-    assert results(book) == {se, eca} and message == f"1 of 3 runs failed: {bad}"
-    calls = [line for line in read(slurm / "calls").splitlines() if line.startswith("sbatch")]
-    assert len(calls) == 4, "three runs, one of them twice"
-    for asked in ("--gpus=1", "--cpus-per-task=4", "--mem 16000", "-t 240", "-A my-account"):
-        assert all(asked in call for call in calls), asked
+def test_what_an_experiment_requests_goes_to_its_jobs(book, monkeypatch):
+    path = book / "nbs" / "runs" / "experiments.yml"
+    given = "title: x, preset: sample, resources: {gpus: 4, cores: 8, runtime: 60, partition: a}, runs: [{}]"
+    path.write_text(f"big: {{{given}, at: {{cpu: {{resources: {{gpus: 0}}}}}}}}")
+    (wanted,) = sweeps.requests_of(("big",), None, None).values()
+    assert wanted == {"gpu": 4, "cpus_per_task": 8, "runtime": 60, "slurm_partition": "a"}
+    assert list(sweeps.requests_of(("big",), "cpu", None).values()) == [{"gpu": 0}]
+    assert list(sweeps.requests_of(("big",), None, tuple("0123")).values()) == [{"gpu": 4}]
+    with pytest.raises(sweeps.SweepFailed, match="requests 4 GPUs .*this machine has 0"):
+        sweeps.sweep("big", cores=1)
+
+
+def test_a_run_on_several_gpus_takes_them_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    first = sweeps.take_gpu(["3", "5", "7"], tmp_path, 2)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+    waiting = threading.Thread(target=sweeps.take_gpu, args=(["3", "5", "7"], tmp_path, 2))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive(), "one GPU is not enough"
+    for lock in first:
+        lock.release()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_a_job_of_several_gpus_is_a_run_on_as_many_devices(book):
+    todo = experiment("three").plan()[:1]
+    sweeps.write_plan(book / "here", todo, requests={todo[0][0].id: {"gpu": 2}})
+    made = []
+    sweeps.job(book / "here", todo[0][0].id, lambda *given: made.append(given))
+    assert made[0][1]["devices"] == 2
+
+
+# ---- attempts
+
+
+def interrupting():
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise RuntimeError("terminated after 1 epochs")
+
+
+def test_interruptions_are_not_attempts(tmp_path, monkeypatch):
+    checkpoints = iter(f"epoch={n:04d}.ckpt" for n in range(100))
+    monkeypatch.setattr(sweeps, "newest", lambda run: next(checkpoints))
+    for _ in range(20):
+        with pytest.raises(RuntimeError, match="terminated"):
+            sweeps.attempt(tmp_path, "run", interrupting)
+    assert not (tmp_path / "done" / "run").exists()
+    sweeps.attempt(tmp_path, "run", lambda: None)
+    assert (tmp_path / "done" / "run").exists() and not (tmp_path / "failed" / "run").exists()
+
+
+def test_a_run_that_is_interrupted_without_progress_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "newest", lambda run: "epoch=0001.ckpt")
+    for _ in range(sweeps.STUCK - 1):
+        with pytest.raises(RuntimeError):
+            sweeps.attempt(tmp_path, "run", interrupting)
+    sweeps.attempt(tmp_path, "run", interrupting)
+    assert "5 times before it could write a checkpoint" in read(tmp_path / "failed" / "run")
+
+
+def test_kills_without_notice_are_failures(tmp_path):
+    attempts = sweeps.Attempts(tmp_path / "attempts" / "run")
+    attempts.add("begun")
+    attempts.add("begun", "epoch=0003.ckpt")
+    sweeps.attempt(tmp_path, "run", lambda: pytest.fail("a third attempt"))
+    assert read(tmp_path / "failed" / "run") == sweeps.KILLED and (tmp_path / "done" / "run").exists()
+
+
+# ---- what is shown
+
+
+def test_the_table_says_how_each_run_is(book, capsys, monkeypatch):
+    se, bad, eca = (config for config, _ in experiment("three").plan())
+    folder = sweeps.sweep_folder("three")
+    sweeps.note(folder, "log", f"{se.id}.log", "attempt on n1\nepoch 3/9  train_loss 1.5  top1 9  60.0 s\n")
+    jobs = {
+        se.id: sweeps.Job("7", se.id, "RUNNING", "n1", "1:00", "None", str(folder)),
+        bad.id: sweeps.Job("8", bad.id, "PENDING", "", "4:00:00", "Priority", str(folder)),
+    }
+    monkeypatch.setattr(sweeps, "current_jobs", lambda folder: jobs)
+    found = sweeps.rows(folder, [bad, eca, se])
+    assert found == [
+        (se.id, "epoch 3 of 9", "0:06:00", "7", "n1", "1:00"),
+        (bad.id, "queued: Priority", "", "8", "", "4:00:00"),
+        (eca.id, "not started", "", "", "", ""),
+    ]
+    monkeypatch.setenv("COLUMNS", "200")
+    sweeps.show_status("three")
+    assert "epoch 3 of 9" in (out := capsys.readouterr().out) and "0 of 3 done" in out
+
+
+def test_silence_is_broken_after_two_minutes(book, capsys, monkeypatch):
+    configs = [config for config, _ in experiment("three").plan()]
+    now = [0.0]
+    monkeypatch.setattr(sweeps, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    display = sweeps.Display(sweeps.sweep_folder("three"), configs)
+    for now[0] in (1.0, 60.0, 119.0):
+        display.update()
+    assert capsys.readouterr().out == ""
+    now[0] = 122.0
+    display.update()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "no news for 2 minutes:" and said[1:] == [f"  {c.id}  not started" for c in configs]

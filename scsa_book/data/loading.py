@@ -84,8 +84,9 @@ def shared_memory() -> float:
 LEAST = 2**30  # bytes of shared memory, for workers
 
 
-def good_workers(dataset: Dataset, processes: int = 1) -> int:
+def good_workers(dataset: Dataset, trainer: L.Trainer | None = None) -> int:
     "The number of worker processes that keep a data loader ahead of the network."
+    processes = trainer.num_devices if trainer else 1  # of the run, on this machine
     if isinstance(dataset, TensorImages) or shared_memory() < LEAST:
         return 0
     return max(1, min(16, usable_cores() // processes))
@@ -161,8 +162,7 @@ class ImageModule(L.LightningDataModule):
     def loader(self, dataset: Dataset, sampler: EpochSampler) -> DataLoader:
         if isinstance(dataset, TensorImages) and self.trainer:
             dataset = dataset.to(self.trainer.strategy.root_device)
-        processes = self.trainer.num_devices if self.trainer else 1  # on this machine
-        workers = good_workers(dataset, processes) if self.workers is None else self.workers
+        workers = good_workers(dataset, self.trainer) if self.workers is None else self.workers
         return loader(dataset, sampler, workers)
 
     def train_dataloader(self) -> DataLoader:
