@@ -137,7 +137,8 @@ def theme_svg(svg, prefix, alt):
     "Inline SVG whose black and white become the page's text and background colours; ids unique on the page."
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", svg)  # of its content, so the same for one that is drawn twice
+    # The id of an image follows from its content: one that is drawn twice would have it twice.
+    svg = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", svg)
     svg = re.sub(r'(\bid="|url\(#|href="#)', lambda m: m[1] + prefix, svg)
     ground = r'(<g id="\S*patch_\d+">\s*<path [^>]*?style="[^"]*?fill: )#ffffff'
     svg = re.sub(ground, r"\1var(--figure-ground, none)", svg)
