@@ -41,25 +41,25 @@ def test_fixed_size(name, tmp_path):
     assert set(report.errors) == {(2, 3, 14, 14)} and report.error < 1e-4
 
 
-# What is known to be refused; everything else is right.
+# What is known to be refused with fixed sizes; everything else is right.
 REFUSED = {
-    ("ncnn", False): {"strided_sparse", "ema"},
-    ("executorch", False): {"strided_sparse", "ela"},
-    ("executorch_portable", False): {"strided_sparse"},
+    "ncnn": {"strided_sparse", "ema"},
+    "executorch": {"ela"},
+    "executorch_portable": set(),
+    "litert": set(),
 }
 
 
 @pytest.mark.slow
 @MECHANISM
-@pytest.mark.parametrize("runtime", [pytest.param(r, marks=needs(r)) for r in ("ncnn", "executorch")])
+@pytest.mark.parametrize("runtime", [pytest.param(r, marks=needs(r)) for r in REFUSED])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
 def test_right_or_refused(name, runtime, dynamic, tmp_path):
     try:
         report = export(matrix.small_network(name), X, runtime, tmp_path / name, dynamic=dynamic)
     except ExportError as problem:
         assert str(problem).startswith(runtime) and not list(tmp_path.iterdir())
-        known = REFUSED.get((runtime, dynamic))
-        assert known is None or name in known, problem
+        assert dynamic or name in REFUSED[runtime], problem
     else:
         assert report.error < 1e-3
 

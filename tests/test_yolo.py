@@ -1,4 +1,4 @@
-"Attention in a YOLO of ultralytics: trained, resumed, loaded in another process, and exported, it is the same network."
+"""Attention in a YOLO of ultralytics: trained, resumed, loaded anew, exported, it is the same network."""
 
 import subprocess
 import sys
@@ -63,8 +63,9 @@ def test_weights_move_past_the_rows(tmp_path):
     for ours, theirs in zip(layers, stock.model.model, strict=True):
         pairs = zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+    another = YOLO(attended.insert("yolo11n.yaml", {3: "SE"}, tmp_path / "yolo11n-se.yaml"))
     with pytest.raises(ValueError, match="24 layers without attention take no weights of 25"):
-        attended.load_shifted(yolo, YOLO(attended.insert("yolo11n.yaml", {3: "SE"}, tmp_path / "yolo11n-se.yaml")))
+        attended.load_shifted(yolo, another)
     with pytest.raises(ValueError, match=r"rows=\[40\]: yolo11n.yaml has layers 0 to 22"):
         attended.insert("yolo11n.yaml", {40: "SE"}, tmp_path / "n.yaml")
 
@@ -90,7 +91,8 @@ def as_exported(kind, file):
     if kind == "openvino":
         import openvino
 
-        model = openvino.Core().compile_model(next(Path(file).glob("*.xml")), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        single = {"INFERENCE_PRECISION_HINT": "f32"}
+        model = openvino.Core().compile_model(next(Path(file).glob("*.xml")), "CPU", single)
         return torch.from_numpy(model(X.numpy())[0].copy())
     from ultralytics.nn.autobackend import AutoBackend
 
@@ -110,7 +112,8 @@ def test_a_row_is_kept(word, squares, tmp_path):
     yolo.train(epochs=2, save_period=1, warmup_epochs=0, nbs=4, **where)
     trained = YOLO(tmp_path / "run" / "weights" / "last.pt")
     assert sum(isinstance(m, Attention) for m in trained.model.model) == 2
-    assert any(not torch.equal(a, b) for a, b in zip(before, trained.model.model[5].parameters(), strict=True))
+    after = trained.model.model[5].parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     resumed = YOLO(tmp_path / "run" / "weights" / "epoch0.pt")
     resumed.train(resume=True)
     assert resumed.trainer.epoch == 1

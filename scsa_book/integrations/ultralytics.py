@@ -86,7 +86,7 @@ def load_shifted(
 
 # %% ../../nbs/use/yolo.ipynb #442c7542
 class AttendedTrainer(DetectionTrainer):
-    "Trains detectors that `attend` has put attention into. A subclass defines it; give it to every `train()`."
+    "Trains detectors that `attend` has put attention into; give a subclass to every `train()`."
 
     def attend(self, network: nn.Module) -> nn.Module:
         "The network with attention."
