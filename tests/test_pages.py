@@ -158,13 +158,13 @@ def test_a_core_chapter_has_three_exercises_with_a_check_and_a_folded_solution(n
 
 @SIX
 @pytest.mark.slow
-def test_the_checks_of_a_core_chapter_refuse_wrong_answers(name):
+def test_the_checks_of_a_core_chapter_refuse_what_is_wrong(name):
     program = "\n".join(body for _, body in blocks(ROOT / f"nbs/{name}.ipynb"))
     wrong = ("None", "(1, 2)", "0", "{'nothing'}", "lambda *given: 0 * x_real.mean()", "lambda *given: 1")
     for check in ("check_1", "check_2", "check_3"):
-        for answer in wrong:
-            program += f"\ntry:\n    {check}({answer})\nexcept Exception:\n    pass\n"
-            program += f"else:\n    raise SystemExit({f'{check} takes {answer}'!r})\n"
+        for given in wrong:
+            program += f"\ntry:\n    {check}({given})\nexcept Exception:\n    pass\n"
+            program += f"else:\n    raise SystemExit({f'{check} takes {given}'!r})\n"
     quiet = {"cwd": ROOT / "nbs" / Path(name).parent, "capture_output": True, "text": True}
     command = [sys.executable, "-c", "from IPython.display import display\n" + program]
     done = subprocess.run(command, env=os.environ | {"MPLBACKEND": "agg"}, **quiet)
