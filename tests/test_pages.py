@@ -125,17 +125,13 @@ def test_visible_code_needs_no_hidden_cell(path):
 
 @pytest.mark.parametrize("path", [p for p in JOB if list(blocks(p))], ids=name_of)
 def test_what_a_page_for_the_job_shows_runs_as_it_stands(path, tmp_path):
-    seen = list(blocks(path))
-    plain = [not any(word.startswith("code-fold") for word in words) for words, _ in seen]
-    sources = [body for _, body in seen]
-    alone, whole = "\n".join(sources[: plain.index(True) + 1]), "\n".join(sources)
-    show = "from IPython.display import display\n"
-    for program in (alone, whole):
-        file = tmp_path / "pasted.py"
-        file.write_text(show + program, "utf-8")
-        quiet = {"cwd": path.parent, "capture_output": True, "text": True}
-        done = subprocess.run([sys.executable, file], env=os.environ | {"MPLBACKEND": "agg"}, **quiet)
-        assert done.returncode == 0, done.stderr[-2000:]
+    # In the order of the page, without what it hides: so its first blocks stand alone, too.
+    file = tmp_path / "pasted.py"
+    whole = ["from IPython.display import display", *(body for _, body in blocks(path))]
+    file.write_text("\n".join(whole), "utf-8")
+    quiet = {"cwd": path.parent, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, file], env=os.environ | {"MPLBACKEND": "agg"}, **quiet)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # ---- exercises
