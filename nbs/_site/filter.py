@@ -152,7 +152,7 @@ def theme_svg(svg, prefix, alt):
         return start + m[0][len("<svg ") :]
 
     svg = SVG_TAG.sub(tag, svg, count=1)
-    return '<div class="figure-scroll">' + re.sub(r"\n\s*", "\n", svg) + "</div>"
+    return '<div class="figure-scroll" tabindex="0">' + re.sub(r"\n\s*", "\n", svg) + "</div>"
 
 
 # ---- Markdown cells
