@@ -125,17 +125,13 @@ def test_visible_code_needs_no_hidden_cell(path):
 
 @pytest.mark.parametrize("path", [p for p in JOB if list(blocks(p))], ids=name_of)
 def test_what_a_page_for_the_job_shows_runs_as_it_stands(path, tmp_path):
-    seen = list(blocks(path))
-    plain = [not any(word.startswith("code-fold") for word in words) for words, _ in seen]
-    sources = [body for _, body in seen]
-    alone, whole = "\n".join(sources[: plain.index(True) + 1]), "\n".join(sources)
-    show = "from IPython.display import display\n"
-    for program in (alone, whole):
-        file = tmp_path / "pasted.py"
-        file.write_text(show + program, "utf-8")
-        quiet = {"cwd": path.parent, "capture_output": True, "text": True}
-        done = subprocess.run([sys.executable, file], env=os.environ | {"MPLBACKEND": "agg"}, **quiet)
-        assert done.returncode == 0, done.stderr[-2000:]
+    # In the order of the page, without what it hides: so its first blocks stand alone, too.
+    file = tmp_path / "pasted.py"
+    whole = ["from IPython.display import display", *(body for _, body in blocks(path))]
+    file.write_text("\n".join(whole), "utf-8")
+    quiet = {"cwd": path.parent, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, file], env=os.environ | {"MPLBACKEND": "agg"}, **quiet)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # ---- exercises
@@ -158,13 +154,13 @@ def test_a_core_chapter_has_three_exercises_with_a_check_and_a_folded_solution(n
 
 @SIX
 @pytest.mark.slow
-def test_the_checks_of_a_core_chapter_refuse_wrong_responses(name):
+def test_the_checks_of_a_core_chapter_refuse_what_is_wrong(name):
     program = "\n".join(body for _, body in blocks(ROOT / f"nbs/{name}.ipynb"))
     wrong = ("None", "(1, 2)", "0", "{'nothing'}", "lambda *given: 0 * x_real.mean()", "lambda *given: 1")
     for check in ("check_1", "check_2", "check_3"):
-        for response in wrong:
-            program += f"\ntry:\n    {check}({response})\nexcept Exception:\n    pass\n"
-            program += f"else:\n    raise SystemExit({f'{check} takes {response}'!r})\n"
+        for given in wrong:
+            program += f"\ntry:\n    {check}({given})\nexcept Exception:\n    pass\n"
+            program += f"else:\n    raise SystemExit({f'{check} takes {given}'!r})\n"
     quiet = {"cwd": ROOT / "nbs" / Path(name).parent, "capture_output": True, "text": True}
     command = [sys.executable, "-c", "from IPython.display import display\n" + program]
     done = subprocess.run(command, env=os.environ | {"MPLBACKEND": "agg"}, **quiet)

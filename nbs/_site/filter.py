@@ -137,7 +137,7 @@ def theme_svg(svg, prefix, alt):
     "Inline SVG whose black and white become the page's text and background colours; ids unique on the page."
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    # the id of an image is made of its content, so it is the same for one that is drawn twice
+    # The id of an image follows from its content: one that is drawn twice would have it twice.
     svg = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", svg)
     svg = re.sub(r'(\bid="|url\(#|href="#)', lambda m: m[1] + prefix, svg)
     ground = r'(<g id="\S*patch_\d+">\s*<path [^>]*?style="[^"]*?fill: )#ffffff'
@@ -152,7 +152,7 @@ def theme_svg(svg, prefix, alt):
         return start + m[0][len("<svg ") :]
 
     svg = SVG_TAG.sub(tag, svg, count=1)
-    return '<div class="figure-scroll">' + re.sub(r"\n\s*", "\n", svg) + "</div>"
+    return '<div class="figure-scroll" tabindex="0">' + re.sub(r"\n\s*", "\n", svg) + "</div>"
 
 
 # ---- Markdown cells
