@@ -962,6 +962,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'scsa_book/data/loading.py'),
                                         'scsa_book.data.loading.derived_seed': ( 'training/loading.html#derived_seed',
                                                                                  'scsa_book/data/loading.py'),
+                                        'scsa_book.data.loading.go_on': ('training/loading.html#go_on', 'scsa_book/data/loading.py'),
                                         'scsa_book.data.loading.good_workers': ( 'training/loading.html#good_workers',
                                                                                  'scsa_book/data/loading.py'),
                                         'scsa_book.data.loading.loader': ('training/loading.html#loader', 'scsa_book/data/loading.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'derived_seed', 'shuffled', 'EpochSampler', 'shared_memory', 'good_workers', 'on_accelerator',
-           'CatchDataErrors', 'Loader', 'loader', 'ImageModule']
+           'CatchDataErrors', 'Loader', 'loader', 'go_on', 'ImageModule']
 
 # %% ../../nbs/training/loading.ipynb #01e96890
 import hashlib
@@ -137,6 +137,13 @@ def loader(dataset: Dataset, sampler: EpochSampler, workers: int) -> Loader:
         generator=torch.Generator(),  # so that the loader does not use the run's own generator
     )
 
+# %% ../../nbs/training/loading.ipynb #caebec0b
+def go_on(sampler: EpochSampler, loop) -> None:
+    "Set the draws to where a fit loop of Lightning is: its epoch, and in a resumed one its batch."
+    sampler.set_epoch(loop.epoch_progress.current.processed)
+    if loop.epoch_progress.total.processed < loop.epoch_progress.total.started:
+        sampler.seen = loop.epoch_loop.batch_progress.current.completed
+
 # %% ../../nbs/training/loading.ipynb #35ce8589
 class ImageModule(L.LightningDataModule):
     "Data loaders of an ImageDataset for a Trainer."
@@ -168,10 +175,7 @@ class ImageModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         sampler = self.sampler(self.images.train, shuffle=True)
         if self.trainer:
-            loop = self.trainer.fit_loop
-            sampler.set_epoch(loop.epoch_progress.current.processed)
-            if loop.epoch_progress.total.processed < loop.epoch_progress.total.started:
-                sampler.seen = loop.epoch_loop.batch_progress.current.completed
+            go_on(sampler, self.trainer.fit_loop)
         return self.loader(self.images.train, sampler)
 
     def val_dataloader(self) -> DataLoader:
