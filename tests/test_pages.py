@@ -123,7 +123,18 @@ def test_visible_code_needs_no_hidden_cell(path):
         assert not (names(body, ast.Load) & hidden) - known, f"only a hidden cell defines it: {body}"
 
 
-@pytest.mark.parametrize("path", [p for p in JOB if list(blocks(p))], ids=name_of)
+# `make test` executes every page, its hidden cells too; without them one page does for the quick tests.
+QUICK = ROOT / "nbs/use/into-your-network.ipynb"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, marks=[] if p == QUICK else pytest.mark.slow, id=name_of(p))
+        for p in JOB
+        if list(blocks(p))
+    ],
+)
 def test_what_a_page_for_the_job_shows_runs_as_it_stands(path, tmp_path):
     # In the order of the page, without what it hides: so its first blocks stand alone, too.
     file = tmp_path / "pasted.py"
