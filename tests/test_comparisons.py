@@ -558,8 +558,9 @@ def test_figures_show_every_run_and_the_line_at_zero():
 
 @pytest.fixture
 def show(tmp_path, monkeypatch):
-    "Runs the cells of a page in a book that has the list of experiments and some results."
+    "Runs the cells of a page in a book that has the data, the list of experiments and some results."
     (tmp_path / "_quarto.yml").touch()
+    (tmp_path / "data").symlink_to(ROOT / "data")
     (tmp_path / "nbs/results").mkdir(parents=True)
     (tmp_path / "nbs/runs").mkdir()
     listed = ROOT / "nbs/runs/experiments.yml"
