@@ -42,6 +42,7 @@ def shown(cells):
     return ["".join(o["data"]["text/markdown"]) for o in outputs if "text/markdown" in o.get("data", {})]
 
 
+@pytest.mark.slow
 def test_the_findings_on_the_home_page_are_those_of_the_committed_results():
     path = ROOT / "nbs/index.ipynb"
     again = nbformat.read(path, 4)
