@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 # Files of tests that take the longest. They come first, so that at the end no worker has one of them left.
-LONGEST = ("test_sweep", "test_devices", "test_cli", "test_tasks", "test_deploy", "test_operators", "test_attention")
+LONGEST = (
+    "test_sweep", "test_devices", "test_cli", "test_tasks", "test_deploy", "test_operators", "test_attention",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
