@@ -24,6 +24,7 @@ from .export import ExportError, error, export, quantise, quietly
 from .runtimes import RUNTIMES, Order, versions
 from ..networks.build import build
 from ..networks.placement import attend
+from ..training.result import write_atomic
 
 # %% ../../nbs/deploy/index.ipynb #db1c1d6a
 CHANNELS = 64
@@ -144,7 +145,7 @@ def complete(file: Path, part: str, wanted: Iterable[str], compute: Callable[[st
         if key not in entries:
             entries[key] = compute(key)
             table["versions"] |= versions({"torch": "torch"} | packages(key))
-            file.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+            write_atomic(file, json.dumps(table, indent=1) + "\n")
 
 
 def packages(key: str) -> dict[str, str]:

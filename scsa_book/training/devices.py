@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'processes', 'device_kind', 'started_outside', 'cannot_be_met', 'check_devices', 'command',
-           'leave_with_parent', 'terminating', 'write_error', 'launch', 'received', 'work']
+           'terminating', 'write_error', 'launch', 'received', 'work']
 
 # %% ../../nbs/training/devices.ipynb #bffa6473
 import contextlib
@@ -22,6 +22,7 @@ import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from .config import ConfigError, Execution, RunConfig, must_be_known
+from .processes import leave_with_parent
 from .result import require_space, run_folder
 
 # %% ../../nbs/training/devices.ipynb #f344069a
@@ -87,16 +88,6 @@ def command(execution: Execution, folder: Path) -> list[str]:
         return worker
     shape = (f"--nodes={execution.nodes}", f"--ntasks-per-node={execution.devices}")
     return ["srun", "--overlap", "--kill-on-bad-exit=1", *shape, f"--ntasks={processes(execution)}", *worker]
-
-# %% ../../nbs/training/devices.ipynb #75fde659
-def leave_with_parent() -> None:
-    "End this process as soon as the one at the other end of its standard input ends."
-
-    def wait() -> None:
-        os.read(0, 1)  # returns when the other end is closed
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 # %% ../../nbs/training/devices.ipynb #3c76d6d5
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ from ..paths import book_root, cache_folder, usable_cores
 from .cluster import Job, commands, note, queue, waiting_jobs
 from .config import Execution, RunConfig
 from .experiments import Plan, experiment
+from .processes import leave_with_parent
 from .result import RunResult, finished, result_path, run_folder, write_atomic
 
 # %% ../../nbs/training/sweep.ipynb #aa1dc455
@@ -295,12 +296,7 @@ def where_to_run(profile: str | None, cores: int | None, per_gpu: int = 1) -> tu
 # %% ../../nbs/training/sweep.ipynb #20cb3a9a
 def snakemake() -> None:
     "Run Snakemake in this process, as long as the process that started it lives."
-
-    def leave_with_driver() -> None:
-        os.read(0, 1)  # returns when the other end is closed
-        os._exit(1)
-
-    threading.Thread(target=leave_with_driver, daemon=True).start()
+    leave_with_parent()
     # the background processes of a shell script ignore interrupts, and so would Snakemake
     signal.signal(signal.SIGINT, signal.default_int_handler)
     runpy.run_module("snakemake", run_name="__main__", alter_sys=True)

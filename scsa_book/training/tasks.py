@@ -179,7 +179,7 @@ CHOOSE = "Name the network that it belongs to (network=, or backbone=), or weigh
 def weights_file(source: str, attention: str | None) -> Path:
     "The path itself, or the file of the book's network for a dataset that has this mechanism."
     path, own = Path(source).expanduser(), f"{source}-{attention or 'plain'}.safetensors"
-    return path if path.exists() else embedded("networks") / own
+    return path if path.is_file() else embedded("networks") / own
 
 # %% ../../nbs/training/tasks.ipynb #2b4cc3bb
 def check_weights(name: str, source: str | None, attention: str | None = None) -> None:
