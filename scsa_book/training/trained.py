@@ -96,8 +96,10 @@ def _timm(name: str, classes: int) -> nn.Module:
 
 # %% ../../nbs/see/networks.ipynb #4dab651a
 def trained_networks(dataset: str) -> dict[str, Trained]:
-    "The book's own networks for a dataset, by mechanism and seed such as `scsa 0`; plain ones first."
+    "The book's own networks for a dataset, plain ones first: `scsa 0` by seed, or by file where several are."
     runs = {path: load_result(path.with_suffix(".json")) for path in kept_networks()}
     found = [from_file(path) for path, run in runs.items() if run.config.dataset == dataset]
     found.sort(key=lambda looked: (looked.attention or "", looked.run.config.seed))
-    return {f"{looked.attention or 'plain'} {looked.run.config.seed}": looked for looked in found}
+    labels = [f"{looked.attention or 'plain'} {looked.run.config.seed}" for looked in found]
+    names = [label if labels.count(label) == 1 else x.name for label, x in zip(labels, found, strict=True)]
+    return dict(zip(names, found, strict=True))
