@@ -9,8 +9,9 @@ __all__ = ['check_map', 'global_average', 'channel_average', 'global_maximum', '
 # %% ../../nbs/foundations/pooling.ipynb #6328a953
 from math import inf
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, sym_max
+from torch import Tensor
 
 from .extremes import largest
 
@@ -45,6 +46,8 @@ def global_maximum(
 ) -> Tensor:  # (B, C, 1, 1)
     "Largest value of every channel over its positions; the first of a tie has the gradient."
     check_map(x)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.amax((-2, -1), keepdim=True)  # in any memory format, without a copy
     return largest(x.flatten(2), 2)[..., None]
 
 
@@ -86,11 +89,15 @@ def missing(positions: int, k: int) -> int:
     "How many positions an axis lacks for one window; as a size or, traced, as a tensor."
     if isinstance(positions, int):
         return max(k - positions, 0)
+    if isinstance(k, int) and k == 1:
+        return 0
     if isinstance(positions, Tensor):
         return (k - positions).clamp(min=0)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return 0 if statically_known_true(positions >= k) else sym_max(k - positions, 0)
+    if statically_known_true(positions >= k):
+        return 0
+    return (k - positions) * (1 // (1 + positions // k))  # times 1 for less than a window, else 0
 
 
 def filled(x: Tensor, k_h: int, k_w: int, value: float) -> Tensor:
