@@ -9,9 +9,8 @@ __all__ = ['check_map', 'global_average', 'channel_average', 'global_maximum', '
 # %% ../../nbs/foundations/pooling.ipynb #6328a953
 from math import inf
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from .extremes import largest
 
@@ -46,7 +45,7 @@ def global_maximum(
 ) -> Tensor:  # (B, C, 1, 1)
     "Largest value of every channel over its positions; the first of a tie has the gradient."
     check_map(x)
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not (is_grad_enabled() and x.requires_grad):
         return x.amax((-2, -1), keepdim=True)  # in any memory format, without a copy
     return largest(x.flatten(2), 2)[..., None]
 
@@ -97,7 +96,7 @@ def missing(positions: int, k: int) -> int:
 
     if statically_known_true(positions >= k):
         return 0
-    return (k - positions) * (1 // (1 + positions // k))  # times 1 for less than a window, else 0
+    return (k - positions) * (2 * k // (k + positions))  # times 1 up to a window, then 0
 
 
 def filled(x: Tensor, k_h: int, k_w: int, value: float) -> Tensor:
