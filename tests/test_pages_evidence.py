@@ -285,3 +285,19 @@ def test_links_within_a_page_lead_to_its_sections(page):
 def test_a_live_page_shows_only_results_that_come_with_the_book(page):
     shown = str([c["outputs"] for c in cells_of(ROOT / f"nbs/results/{page}.ipynb", "code")])
     assert "preset sample" not in shown
+
+
+# ---- the table of runs
+
+
+def test_every_run_is_a_row_that_no_other_has_and_links_to_its_file(show):
+    shown = show("index", sample_runs())
+    rows = re.findall(r"<tr>(.*?)</tr>", re.search(r"<tbody>(.*?)</tbody>", shown, re.S)[1], re.S)
+    assert len(rows) == len(sample_runs()) > 2
+    committed = [o["data"] for c in cells_of(ROOT / "nbs/results/index.ipynb", "code") for o in c["outputs"]]
+    found = re.findall(r"<tr>(<th scope=\"row\">.*?)</tr>", "".join(map(str, committed)))
+    linked = {ROOT / "nbs/results" / name for name in re.findall(r'href="([^"]*\.json)"', str(found))}
+    files = {p for p in (ROOT / "nbs/results").glob("cpu/*.json")}
+    assert files <= linked, "make execute NB=nbs/results/index.ipynb"
+    labels = {tuple(re.findall(r">([^<>]*)</", row)[:-2]) for row in found if ".json" in row}
+    assert len(labels) >= len(linked), "two runs differ by their result alone"
