@@ -46,7 +46,8 @@ def test_every_page_with_code_begins_with_the_cell_that_installs():
             up = re.search(r'"([./]*)_quarto.yml"', first)[1]
             assert (path.parent / up / "_quarto.yml").is_file(), "it sees that it is in the book"
             assert not any(map(repository.is_setup, cells)), "the cell of the book asks for `make lab`"
-            assert ("git clone -q --depth 1 --branch trunk https://github.com/a/b" in first) == bool(meta["repo_url"])
+            cloned = "git clone -q --depth 1 --branch trunk https://github.com/a/b" in first
+            assert cloned == bool(meta["repo_url"])
 
 
 def test_a_page_without_code_installs_nothing():
@@ -104,7 +105,8 @@ def test_every_page_installs_what_it_imports():
 def test_other_packages_are_installed_where_a_page_shows_them():
     assert pip_words(alone(ROOT / "nbs/see/cam.ipynb")[0]) == (["runs", "see"], [])
     assert pip_words(alone(ROOT / "nbs/use/yolo.ipynb")[0]) == (["runs"], ["ultralytics"])
-    colab = repository.setup_cell("nbs/see", "https://github.com/a/b", cells=alone(ROOT / "nbs/see/cam.ipynb")[0])
+    cells, _ = alone(ROOT / "nbs/see/cam.ipynb")
+    colab = repository.setup_cell("nbs/see", "https://github.com/a/b", cells=cells)
     assert '%pip install -q -e "/content/b[runs,see]"' in colab
 
 
@@ -121,7 +123,8 @@ def test_the_page_links_to_its_notebook_and_to_the_archive_that_it_needs(tmp_pat
 
 
 def test_the_archive_leaves_out_what_tools_made(tmp_path):
-    for name in ("scsa_book/a.py", "scsa_book/__pycache__/a.pyc", "nbs/a/_txt/b.py", "nbs/a/b.ipynb", "other/c.py"):
+    made = ("scsa_book/__pycache__/a.pyc", "nbs/a/_txt/b.py")
+    for name in ("scsa_book/a.py", "nbs/a/b.ipynb", "other/c.py", *made):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     download.archive(tmp_path, tmp_path / "x.tar.gz")
@@ -149,7 +152,7 @@ def empty(tmp_path_factory):
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(subprocess.check_output([python, "-c", ask], text=True).strip())
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
-    run(python, "-m", "pip", "uninstall", "-q", "-y", "setuptools", folder=folder)  # an old one of Python's own
+    run(python, "-m", "pip", "uninstall", "-q", "-y", "setuptools", folder=folder)  # Python's own, too old
     return python
 
 
@@ -170,7 +173,7 @@ def executed(python, notebook, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="builds without a network need setuptools")
+@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="no setuptools to build with")
 @pytest.mark.parametrize("page", ["channel/se", "results/imagenette", "networks/regions"])
 def test_a_downloaded_page_runs_in_an_empty_environment(site, empty, tmp_path, page):
     notebook = Path(shutil.copy(site / f"{page}.ipynb", tmp_path))
@@ -192,7 +195,8 @@ def test_with_an_address_the_book_is_cloned(site, empty, tmp_path):
         file.extractall(tmp_path / "there", filter="data")
     there = tmp_path / "there/scsa-book"
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q", "-b", "trunk"], ["add", "-A", "-f", "."], [*who, "commit", "-q", "-m", "book"]):
+    commit = [*who, "commit", "-q", "-m", "book"]
+    for words in (["init", "-q", "-b", "trunk"], ["add", "-A", "-f", "."], commit):
         subprocess.run(["git", *words], cwd=there, check=True)
     run(empty, "-m", "pip", "uninstall", "-q", "-y", "scsa_book", folder=tmp_path)
     meta = {"repo_url": there.as_uri(), "repo_branch": "trunk"}

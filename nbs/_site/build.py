@@ -22,7 +22,8 @@ from stamps import FULL, digest_of, installed, read, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUTS = (
-    ".ipynb", ".json", ".py", ".bib", ".css", ".scss", ".theme", ".html", ".svg", ".png", ".woff2", ".js", ".onnx",
+    ".ipynb", ".json",
+    ".py", ".bib", ".css", ".scss", ".theme", ".html", ".svg", ".png", ".woff2", ".js", ".onnx",
 )  # fmt: skip
 MADE_BY_HAND = ("_txt", ".ipynb_checkpoints", "__pycache__")  # folders beside notebooks that are not pages
 PATIENCE = 30  # seconds for fetching Quarto

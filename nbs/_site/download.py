@@ -37,7 +37,7 @@ UNPACK = f"""\
         import shutil
 
         if not Path("{reader.ARCHIVE}").exists():
-            raise FileNotFoundError("{reader.ARCHIVE} is missing: download it into this folder, from the page of this notebook")
+            raise FileNotFoundError("{reader.ARCHIVE} is missing: download it into this folder")
         shutil.unpack_archive("{reader.ARCHIVE}")"""
 
 

@@ -26,7 +26,7 @@ CALLOUTS = {
     "measured": ("note", "Measured", ""),
     "answer": ("note", "Answer", ' collapse="true"'),
 }
-DOWNLOAD, ARCHIVE = "download", "scsa-book.tar.gz"  # folder of the site with notebooks to download; see download.py
+DOWNLOAD, ARCHIVE = "download", "scsa-book.tar.gz"  # a folder of the site, written by download.py
 XLINK = "http://www.w3.org/1999/xlink"
 DIRECTIVE = re.compile(r"#\|\s?(.*?)\s*$")
 CALLOUT = re.compile(rf"^(:{{3,}})\s*\{{\.({'|'.join(CALLOUTS)})\b([^}}]*)\}}\s*$", re.M)
@@ -283,7 +283,7 @@ def provenance(nb):
 
 
 def links(nb, where, site):
-    "One line of ways to run the page, if it has something to run; more of them if _quarto.yml names a repository."
+    "One line of ways to run the page, if it has code; more of them if _quarto.yml names a repository."
     repo, branch = site.get("repo-url", "").rstrip("/"), site.get("repo-branch", "main")
     home = where is not None and where.parent.name == "nbs"
     if not where or home or not any(c["cell_type"] == "code" for c in nb["cells"]):

@@ -380,7 +380,9 @@ def build(root, out, cores=None):
     site = yaml.safe_load((root / "_quarto.yml").read_text("utf-8"))
     website = site["website"]
     listed = [(d, text, root / path) for d, text, path in contents(website["sidebar"]["contents"], root)]
-    pages = converted(dict.fromkeys([path for _, _, path in listed] + list(reader.notebooks(root))), root, cores)
+    pages = converted(
+        dict.fromkeys([path for _, _, path in listed] + list(reader.notebooks(root))), root, cores
+    )
     entries = [(d, text or pages[path].title, path) for d, text, path in listed]
     shutil.rmtree(out, ignore_errors=True)
     for path, page in pages.items():

@@ -17,9 +17,9 @@ import importlib.util
 
 if importlib.util.find_spec("scsa_book") is None:
     raise ModuleNotFoundError("scsa_book is missing: run `make lab` in the folder of the book")"""
-EXTRAS = ("see", "deploy", "sweep", "dev")  # of settings.ini, besides `runs`, which every page gets; the last one last
+EXTRAS = ("see", "deploy", "sweep", "dev")  # of settings.ini, besides `runs`, which every page gets
 RENAMED = {"pytorch_grad_cam": "grad-cam"}  # a package whose name is not that of its import
-PEERS = {"ultralytics", "segmentation_models_pytorch"}  # packages of others that a page shows, and nothing here requires
+PEERS = {"ultralytics", "segmentation_models_pytorch"}  # packages that a page shows and nothing here requires
 # On Colab the requirements are lower bounds only, so the installed torch stays.
 COLAB = f"""\
 #| hide
@@ -44,7 +44,7 @@ def settings(root=ROOT):
 
 
 def imported(cells):
-    "The packages that code cells import, and those among them that only cells for other people's packages do."
+    "The packages that code cells import, and those that only cells with `#| peers` import."
     found = {True: set(), False: set()}
     for cell in cells:
         source = "".join(cell["source"])
