@@ -304,7 +304,7 @@ def downloads(where, archive):
     "Links to the notebook that runs on its own and, if it needs one, to the archive that it unpacks."
     up = "../" * (len(where.parts) - 1)
     files = {"Download the notebook": where.relative_to("nbs").as_posix()}
-    files |= {"and the book, beside it": ARCHIVE} if archive else {}
+    files |= {"and the book, for the same folder": ARCHIVE} if archive else {}
     return [f'<a href="{up}{DOWNLOAD}/{file}" download>{words}</a>' for words, file in files.items()]
 
 
