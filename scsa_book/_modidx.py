@@ -1720,6 +1720,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'scsa_book/evidence/speed.py'),
                                           'scsa_book.evidence.speed.training': ( 'evidence/speed.html#training',
                                                                                  'scsa_book/evidence/speed.py'),
+                                          'scsa_book.evidence.speed.warm_up': ( 'evidence/speed.html#warm_up',
+                                                                                'scsa_book/evidence/speed.py'),
                                           'scsa_book.evidence.speed.with_peers': ( 'evidence/speed.html#with_peers',
                                                                                    'scsa_book/evidence/speed.py')},
             'scsa_book.evidence.statistics': { 'scsa_book.evidence.statistics.Summary': ( 'evidence/statistics.html#summary',
