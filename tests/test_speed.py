@@ -241,7 +241,8 @@ def test_the_networks_command_leaves_a_file(monkeypatch, tmp_path, capsys, netwo
 def test_a_network_that_cannot_take_the_images_is_named():
     peers = {"se": lambda ours: torch.nn.AvgPool2d(64)}
     setting = speed.NetworkSetting(device="cpu", network="resnet8", batch=2, size=16)
-    with pytest.raises(ValueError, match=r"resnet8 with se, its equations, .*size=16 .*too small.*: other ones"):
+    said = r"resnet8 with se, its equations, .*size=16 .*too small.*: other ones"
+    with pytest.raises(ValueError, match=said):
         speed.bench_networks(["se"], setting, peers=peers, budget=0)
 
 

@@ -629,8 +629,8 @@ def warm_up(runs: Mapping[tuple, Run], setting: NetworkSetting) -> None:
         try:
             run()
         except RuntimeError as error:
-            what = f"{setting.network} with {name}, {whose}, cannot compute batch={setting.batch}, size={setting.size}"
-            raise ValueError(f"{what} ({error}): other ones, please") from error
+            what = f"{setting.network} with {name}, {whose}, cannot compute batch={setting.batch}"
+            raise ValueError(f"{what}, size={setting.size} ({error}): other ones, please") from error
 
 # %% ../../nbs/evidence/speed.ipynb #cb5d8ab5
 def bench_networks(
