@@ -2,8 +2,8 @@
 
 import gc
 
-# What is imported and collected lives as long as the tests. Looking for garbage in it takes a fifth of the time of
-# the imports and a tenth of that of the tests.
+# What is imported and collected lives as long as the tests. Looking for garbage in it takes a fifth of the
+# time of the imports and a tenth of that of the tests.
 gc.disable()
 
 import json  # noqa: E402
