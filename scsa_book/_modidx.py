@@ -2791,6 +2791,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'scsa_book/operators/convolution.py'),
                                                  'scsa_book.operators.convolution.mixture_and_mean_cpu': ( 'operators/convolution.html#mixture_and_mean_cpu',
                                                                                                            'scsa_book/operators/convolution.py'),
+                                                 'scsa_book.operators.convolution.strips_at_once': ( 'operators/convolution.html#strips_at_once',
+                                                                                                     'scsa_book/operators/convolution.py'),
                                                  'scsa_book.operators.convolution.sums_by_tap': ( 'operators/convolution.html#sums_by_tap',
                                                                                                   'scsa_book/operators/convolution.py'),
                                                  'scsa_book.operators.convolution.weighted_mean': ( 'operators/convolution.html#weighted_mean',

@@ -103,10 +103,10 @@ CASES = (
     "gate_axes_gradient",
     "gate_in_turn", "gate_in_turn_gradient", "gate_sum", "gated_window_means", "gated_window_gradient",
     "gated_extremes", "gated_extremes_gradient", "mean_and_maximum", "gate_and_shuffle",
-    "gate_and_shuffle_odd", "similarity_gates", "entropy", "pattern_sums",
+    "gate_and_shuffle_odd", "similarity_gates", "entropy", "pattern_sums", "convolve_strips",
     "mixture_and_mean", "channel_attention",
 )  # fmt: skip
-WRITTEN = ("gate_sum_gradient", "group_norm", "descriptors", "convolve_strips")  # without a form for a CPU
+WRITTEN = ("gate_sum_gradient", "group_norm", "descriptors")  # without a form for a CPU
 CASE = pytest.mark.parametrize("case", CASES)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .choice import operator
+from .choice import operator, recorded
 
 # %% ../../nbs/operators/channel-attention.ipynb #45ac1005
 def split_heads(z: Tensor, heads: int, shuffle: bool) -> Tensor:
@@ -39,13 +39,10 @@ def query_key_value(
     z: Tensor,  # (B, C, H', W')
     weights: list[Tensor],  # (C, 1, 1, 1) each
     biases: list[Tensor | None],  # (C,) each
-    heads: int,
-    shuffle: bool,
-) -> list[Tensor]:  # (B, heads, d, H' W') twice, and (B, heads, d, 1)
-    "Query and key of every head, and the mean of its value over the positions."
+) -> list[Tensor]:  # (B, C, H', W') twice, and (B, C, 1, 1)
+    "Query, key, and the mean of the value over the positions, as products."
     means = z.mean((2, 3), keepdim=True)
-    factors = zip((z, z, means), weights, biases, strict=True)
-    return [split_heads(times(*f), heads, shuffle) for f in factors]
+    return [times(*f) for f in zip((z, z, means), weights, biases, strict=True)]
 
 # %% ../../nbs/operators/channel-attention.ipynb #8ef2633e
 @operator
@@ -59,9 +56,14 @@ def channel_attention(
     dropout: float,  # share of the matrix that is dropped
 ) -> Tensor:  # (B, C)
     "Each channel's mixture of the values of all channels of its head, averaged over positions."
-    q, k, v = query_key_value(z, weights, biases, heads, shuffle)
+    if recorded():
+        qkv = query_key_value(z, weights, biases)
+    else:
+        factors = zip(weights, biases, strict=True)
+        qkv = (F.conv2d(z, w, b, groups=z.shape[1]) for w, b in factors)
+    q, k, v = (split_heads(t, heads, shuffle) for t in qkv)
     a = (q @ k.transpose(-2, -1) * scaling(*q.shape[-2:])).softmax(-1)
-    return joined_heads((F.dropout(a, dropout) @ v)[..., 0], shuffle)
+    return joined_heads((F.dropout(a, dropout) @ v).mean(-1), shuffle)
 
 # %% ../../nbs/operators/channel-attention.ipynb #328d3de6
 LOGITS = 2**18  # a megabyte in single precision, for the cache of a core
@@ -77,7 +79,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 def channel_attention_cpu(
     z: Tensor, weights: list, biases: list, heads: int, shuffle: bool, scaling: Callable, dropout: float
 ) -> Tensor:
-    q, k, v = query_key_value(z, weights, biases, heads, shuffle)
+    q, k, v = (split_heads(t, heads, shuffle) for t in query_key_value(z, weights, biases))
     q = q * scaling(*q.shape[-2:])
     n = max(1, LOGITS // q.shape[2] ** 2)
     matrices = (t.flatten(0, 1).split(n) for t in (q, k, v[..., 0]))
