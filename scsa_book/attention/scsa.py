@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import Attention, Authors, Entry, check_choice
 from .pcsa import PCSA
 from .smsa import SMSA
-from ..operators.gated_windows import gated_window_average
+from ..operators.gated_windows import gated_by_windows, gated_window_average
 from ..operators.gating import gate_axes
 
 # %% ../../nbs/synergy/scsa.ipynb #1750f30b
@@ -44,7 +44,14 @@ class SpatialThenChannel(Attention):
             maps |= self.smsa.attention_maps(x * maps["channel"])
         return maps
 
+    def channel_gates(self, z: Tensor) -> Tensor:
+        "PCSA's gates, (B, C, 1, 1), from window means."
+        return self.pcsa.gates(self.pcsa.norm(z)).to(z.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.order == "spatial-channel" and self.pcsa.pool == "average":
+            s = self.smsa.attention_maps(x).values()
+            return gated_by_windows(x, *s, self.pcsa.window, self.channel_gates)
         s = self.attention_maps(x)
         if self.order == "channel":
             return x * s["channel"]
