@@ -3182,6 +3182,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'scsa_book/operators/shuffle.py')},
             'scsa_book.operators.strips': { 'scsa_book.operators.strips.channels_together': ( 'operators/strips.html#channels_together',
                                                                                               'scsa_book/operators/strips.py'),
+                                            'scsa_book.operators.strips.differentiable_sums': ( 'operators/strips.html#differentiable_sums',
+                                                                                                'scsa_book/operators/strips.py'),
                                             'scsa_book.operators.strips.embedding_bag_rows': ( 'operators/strips.html#embedding_bag_rows',
                                                                                                'scsa_book/operators/strips.py'),
                                             'scsa_book.operators.strips.far': ( 'operators/strips.html#far',
