@@ -14,8 +14,6 @@ from typing import Annotated, Any, Union, get_args, get_origin
 # %% ../nbs/training/options.ipynb #874dd8ae
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError, create_model
 
-from .attention.registry import unknown
-
 # %% ../nbs/training/options.ipynb #90261dc5
 def not_truth(value):
     "The value; ValueError for true and false, which Python counts as 1 and 0."
@@ -60,6 +58,8 @@ def checked(model: type[Options], given: Mapping[str, Any], what: str) -> dict[s
         raise ValueError(f"{what}: {given!r} is no mapping of names to values")
     for name in given:
         if name not in model.model_fields:
+            from scsa_book.attention.registry import unknown  # PyTorch, which a sweep's process need not load
+
             raise unknown(what, str(name), list(model.model_fields) or ["none"])
     try:
         made = model(**given)

@@ -92,6 +92,22 @@ def test_a_busy_slurm_is_asked_again(slurm):
     assert cluster.submit(script(slurm)) == cluster.REFUSED
 
 
+def test_a_submission_that_timed_out_and_yet_left_a_job_is_not_repeated(slurm, monkeypatch):
+    busy = (1, "", "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+    slurm.outputs = [busy]
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: slurm.jobs.append(job(slurm, "9", "PENDING")))
+    assert cluster.submit(script(slurm)) == "9" and not slurm.outputs
+
+
+def test_nothing_is_submitted_while_the_queue_is_unknown(slurm):
+    slurm.jobs = None
+    assert cluster.submit(script(slurm)) == cluster.REFUSED
+    assert "sbatch" not in [call[0] for call in slurm.calls if isinstance(call, list)]
+    assert "squeue does not respond" in (slurm.folder / "failed" / RUN).read_text()
+    with pytest.raises(RuntimeError, match="submitted twice"):
+        cluster.waiting_jobs(slurm.folder)
+
+
 @pytest.mark.parametrize(
     ("state", "expected"),
     [

@@ -177,7 +177,8 @@ def test_the_setup_cell_is_the_one_that_follows_from_the_settings(path):
     meta = repository.settings()
     code = [cell for cell in cells_of(path, "code") if "#| default_exp" not in reader.text(cell)]
     if code:
-        wanted = repository.setup_cell(name_of(path.parent), meta["repo_url"], meta["repo_branch"])
+        others = [cell for cell in cells_of(path) if not repository.is_setup(cell)]
+        wanted = repository.setup_cell(name_of(path.parent), meta["repo_url"], meta["repo_branch"], others)
         assert reader.text(code[0]) == wanted, "run make links"
         assert sum(map(repository.is_setup, code)) == 1
 

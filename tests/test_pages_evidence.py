@@ -154,9 +154,15 @@ CELL = printed("scsa", "28.07", "params_M")
 
 def test_a_row_shows_the_number_as_printed_and_escapes_what_is_no_html():
     line = ledger_line(Row(CELL, ours="28.074", count=28_073_864, note="a < b"))
-    assert line[:5] == ["ResNet-50 + SE", "Parameters,\N{NO-BREAK SPACE}M", "28.07", "28.074", "28,073,864"]
-    assert isinstance(line[5], Html) and line[6] == "a &lt; b"
-    assert ledger_line(Row(CELL))[4] == "" and ledger_line(Row(CELL, count=0))[4] == "0"
+    assert line[:2] == ["ResNet-50 + SE", verdict("matches", "matches")] and isinstance(line[1], Html)
+    assert line[2:6] == ["Parameters,\N{NO-BREAK SPACE}M", "28.07", "28.074", "28,073,864"]
+    assert line[6] == "a &lt; b"
+    assert ledger_line(Row(CELL))[5] == "" and ledger_line(Row(CELL, count=0))[5] == "0"
+
+
+def test_a_number_of_another_scale_is_not_beside_the_printed_one():
+    line = ledger_line(Row(CELL, "other scale", ours="91.2 ± 0.3", note="small.", status="other_scale"))
+    assert line[3:5] == ["28.07", ""] and line[6] == "Here 91.2 ± 0.3: small."
 
 
 def test_a_note_ends_with_a_link_and_says_what_was_added():
@@ -227,10 +233,12 @@ def last_value(source, names):
 
 
 def lines_of(shown):
-    "Rows of all filterable tables: name, quantity, printed number."
+    "Rows of all filterable tables: name, quantity, printed number; the verdict is between them."
     bodies = re.findall(r'<table class="filterable">.*?<tbody>(.*?)</tbody>', shown, re.S)
     rows = [row for body in bodies for row in re.findall(r"<tr>(.*?)</tr>", body, re.S)]
-    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)[:3] for row in rows]
+    entries = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    assert all('class="verdict' in entry[1] for entry in entries)
+    return [[entry[0], *entry[2:4]] for entry in entries]
 
 
 def wanted(cell):
@@ -259,7 +267,7 @@ def test_the_page_of_costs_shows_every_cost_once(show):
     assert len(found) == 269
     assert sorted(lines_of(shown)) == sorted(map(wanted, found))
     assert len(set(re.findall(r'href="#(\w+-\w+)"', shown))) == 8
-    differ = re.search(r'aria-label="Costs that differ".*?</table>', shown, re.S)
+    differ = re.search(r'aria-label="Costs that differ.*?</table>', shown, re.S)
     assert shown.count('verdict differs">') == 2 * (differ[0].count('verdict differs">') if differ else 0)
 
 
@@ -277,3 +285,19 @@ def test_links_within_a_page_lead_to_its_sections(page):
 def test_a_live_page_shows_only_results_that_come_with_the_book(page):
     shown = str([c["outputs"] for c in cells_of(ROOT / f"nbs/results/{page}.ipynb", "code")])
     assert "preset sample" not in shown
+
+
+# ---- the table of runs
+
+
+def test_every_run_is_a_row_that_no_other_has_and_links_to_its_file(show):
+    shown = show("index", sample_runs())
+    rows = re.findall(r"<tr>(.*?)</tr>", re.search(r"<tbody>(.*?)</tbody>", shown, re.S)[1], re.S)
+    assert len(rows) == len(sample_runs()) > 2
+    committed = [o["data"] for c in cells_of(ROOT / "nbs/results/index.ipynb", "code") for o in c["outputs"]]
+    found = re.findall(r"<tr>(<th scope=\"row\">.*?)</tr>", "".join(map(str, committed)))
+    linked = {ROOT / "nbs/results" / name for name in re.findall(r'href="([^"]*\.json)"', str(found))}
+    files = {p for p in (ROOT / "nbs/results").glob("cpu/*.json")}
+    assert files <= linked, "make execute NB=nbs/results/index.ipynb"
+    labels = {tuple(re.findall(r">([^<>]*)</", row)[:-2]) for row in found if ".json" in row}
+    assert len(labels) >= len(linked), "two runs differ by their result alone"

@@ -95,7 +95,8 @@ def test_the_paper_is_from_the_year_that_the_registry_says(name):
 
 
 def test_the_page_has_a_row_for_every_mechanism():
-    (table,) = (out for out in shown(MECHANISMS) if "filterable" in out)
+    table, authors = (out for out in shown(MECHANISMS) if "filterable" in out)
+    assert re.findall(r'<th scope="row"><code>(\w+)</code>', authors) == list(registry.names())
     rows = re.findall(r'<th scope="row"><a href="\.\./(.+?)"><code>(\w+)</code>', table)
     now = [(mechanisms.chapter(name), name) for name in registry.names()]
     assert rows == now, "run make execute NB=nbs/reference/mechanisms.ipynb"

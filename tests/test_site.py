@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -197,9 +198,11 @@ def page_links(where, *cells, site=SITE, **metadata):
     return [s for s in cleaned(*cells, where=Path(where), site=site, **metadata) if "page-links" in s]
 
 
-def test_links_need_an_address():
-    assert page_links("nbs/channel/se.ipynb", site={}) == []
+def test_links_to_a_repository_need_an_address():
+    (line,) = page_links("nbs/channel/se.ipynb", site={})
+    assert re.findall(r"]\(|`", line) == [] and line.count(" download>") == 2, "the notebook, and the archive"
     (line,) = page_links("nbs/channel/se.ipynb")
+    assert line.count(" download>") == 1
     assert "(https://colab.research.google.com/github/a/b/blob/trunk/nbs/channel/se.ipynb)" in line
     assert "(https://github.com/a/b/blob/trunk/nbs/channel/se.ipynb)" in line
     assert "`jupyter lab nbs/channel/se.ipynb`" in line
@@ -213,7 +216,7 @@ def test_no_links_where_nothing_runs():
 def test_a_run_links_to_its_template():
     line, _ = page_links("nbs/results/sample/x.ipynb", *run_cells(), papermill=PAPERMILL)
     assert "/blob/trunk/nbs/runs/classify.ipynb" in line
-    assert "results" not in line
+    assert "blob/trunk/nbs/results" not in line
 
 
 def test_a_host_that_is_not_github_has_no_colab():
@@ -778,7 +781,7 @@ def test_every_page_is_in_the_sidebar_and_every_entry_is_a_page():
     website = yaml.safe_load((ROOT / "_quarto.yml").read_text("utf-8"))["website"]
     listed = [path for _, _, path in preview.contents(website["sidebar"]["contents"], ROOT)]
     assert [path for path in listed if not (ROOT / path).exists()] == []
-    assert [name_of(path) for path in preview.notebooks(ROOT) if name_of(path) not in listed] == []
+    assert [name_of(path) for path in reader.notebooks(ROOT) if name_of(path) not in listed] == []
     assert len(listed) == len(set(listed))
 
 

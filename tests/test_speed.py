@@ -238,6 +238,14 @@ def test_the_networks_command_leaves_a_file(monkeypatch, tmp_path, capsys, netwo
     assert "noise: " in capsys.readouterr().out
 
 
+def test_a_network_that_cannot_take_the_images_is_named():
+    peers = {"se": lambda ours: torch.nn.AvgPool2d(64)}
+    setting = speed.NetworkSetting(device="cpu", network="resnet8", batch=2, size=16)
+    said = r"resnet8 with se, its equations, .*size=16 .*too small.*: other ones"
+    with pytest.raises(ValueError, match=said):
+        speed.bench_networks(["se"], setting, peers=peers, budget=0)
+
+
 def test_the_roof_is_the_best_of_what_was_measured():
     rates = {"product": (2e9, 3e9, 4e9), "convolution": (1e9, 5e9, 6e9)}  # multiply-accumulates a second
     taken = {run: [speed.WORK[run] / rate for rate in found] for run, found in rates.items()}

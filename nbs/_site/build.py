@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import download
 import filter as reader
 from check import problems
 from parallel import shown, tell, usable_cores
@@ -21,7 +22,8 @@ from stamps import FULL, digest_of, installed, read, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUTS = (
-    ".ipynb", ".py", ".bib", ".css", ".scss", ".theme", ".html", ".svg", ".png", ".woff2", ".js", ".onnx",
+    ".ipynb", ".json",
+    ".py", ".bib", ".css", ".scss", ".theme", ".html", ".svg", ".png", ".woff2", ".js", ".onnx",
 )  # fmt: skip
 MADE_BY_HAND = ("_txt", ".ipynb_checkpoints", "__pycache__")  # folders beside notebooks that are not pages
 PATIENCE = 30  # seconds for fetching Quarto
@@ -167,7 +169,9 @@ def site_follows(root=ROOT):
 
 def render_with_quarto(quarto, out, root):
     environment = os.environ | {"QUARTO_PYTHON": sys.executable}  # for the filter
-    command = [quarto, "render", "--output-dir", out.name]
+    # Quarto warns of a link to a notebook that it neither renders nor finds, so the downloads come first.
+    download.write(root, out, list(reader.notebooks(root)))
+    command = [quarto, "render", "--no-clean", "--output-dir", out.name]
     if code := subprocess.run(command, cwd=root, env=environment).returncode:
         sys.exit(f"quarto render failed ({code})")
 

@@ -26,6 +26,7 @@ CALLOUTS = {
     "measured": ("note", "Measured", ""),
     "answer": ("note", "Answer", ' collapse="true"'),
 }
+DOWNLOAD, ARCHIVE = "download", "scsa-book.tar.gz"  # a folder of the site, written by download.py
 XLINK = "http://www.w3.org/1999/xlink"
 DIRECTIVE = re.compile(r"#\|\s?(.*?)\s*$")
 CALLOUT = re.compile(rf"^(:{{3,}})\s*\{{\.({'|'.join(CALLOUTS)})\b([^}}]*)\}}\s*$", re.M)
@@ -282,19 +283,29 @@ def provenance(nb):
 
 
 def links(nb, where, site):
-    "One line of ways to run the page, if _quarto.yml names a repository and the page has something to run."
+    "One line of ways to run the page, if it has code; more of them if _quarto.yml names a repository."
     repo, branch = site.get("repo-url", "").rstrip("/"), site.get("repo-branch", "main")
     home = where is not None and where.parent.name == "nbs"
-    if not (where and repo) or home or not any(c["cell_type"] == "code" for c in nb["cells"]):
+    if not where or home or not any(c["cell_type"] == "code" for c in nb["cells"]):
         return []
+    out = downloads(where, archive=not repo)
     if template := (nb["metadata"].get("papermill") or {}).get("input_path"):
         where = Path("nbs/runs") / Path(template).name  # the executed copy may exist only here
     path = where.as_posix()
-    out = [f"[View the notebook]({repo}/blob/{branch}/{path})", f"`jupyter lab {path}`"]
+    if repo:
+        out += [f"[View the notebook]({repo}/blob/{branch}/{path})", f"`jupyter lab {path}`"]
     if m := re.match(r"https://github\.com/(.+)", repo):
         colab = f"https://colab.research.google.com/github/{m[1]}/blob/{branch}/{path}"
         out.insert(0, f"[Open in Colab]({colab})")
     return [markdown("::: {.page-links}\n" + " \n".join(out) + "\n:::\n")]
+
+
+def downloads(where, archive):
+    "Links to the notebook that runs on its own and, if it needs one, to the archive that it unpacks."
+    up = "../" * (len(where.parts) - 1)
+    files = {"Download the notebook": where.relative_to("nbs").as_posix()}
+    files |= {"and the book, for the same folder": ARCHIVE} if archive else {}
+    return [f'<a href="{up}{DOWNLOAD}/{file}" download>{words}</a>' for words, file in files.items()]
 
 
 def settings(root):
@@ -359,6 +370,14 @@ def read(path):
     if copy.exists() and live_of(found := copy.read_bytes()).get("source") == digest(raw):
         raw = found
     return json.loads(raw)
+
+
+def notebooks(root):
+    "Every notebook that Quarto renders: no templates, nothing in hidden folders."
+    for path in sorted(root.glob("nbs/**/*.ipynb")):
+        inside = path.relative_to(root)
+        if inside.parts[1] != "runs" and not any(part[0] in "_." for part in inside.parts):
+            yield path
 
 
 def root_of(folder):

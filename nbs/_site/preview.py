@@ -15,6 +15,7 @@ from os.path import relpath
 from pathlib import Path
 from typing import NamedTuple
 
+import download
 import filter as reader
 import pygments
 import yaml
@@ -291,8 +292,8 @@ def page_html(source):
 
 
 def to_pages(out):
-    "Links to notebooks become links to their pages."
-    return re.sub(r'(href="(?!https?:)[^"#]+)\.ipynb', r"\1.html", out)
+    "Links to notebooks, except those to download, become links to their pages."
+    return re.sub(rf'(href="(?!https?:|[./]*{reader.DOWNLOAD}/)[^"#]+)\.ipynb', r"\1.html", out)
 
 
 def identifier(words, taken):
@@ -365,30 +366,34 @@ def converted(paths, root, cores=None):
 # ---- the whole book
 
 
-def notebooks(root):
-    "Every notebook that Quarto would render: no templates, nothing in hidden folders."
-    for path in sorted(root.glob("nbs/**/*.ipynb")):
-        inside = path.relative_to(root)
-        if inside.parts[1] != "runs" and not any(part[0] in "_." for part in inside.parts):
-            yield path
+AS_THEY_ARE = ("nbs/theme/*", "nbs/theme/fonts/*")  # what Quarto puts into every page by itself
 
 
-AS_THEY_ARE = ("nbs/theme", "nbs/see/browser")  # folders that pages load files from
+def files_beside(patterns, root):
+    "Files that pages link to or load: as `resources` of _quarto.yml, and the theme."
+    for pattern in (*patterns, *AS_THEY_ARE):
+        yield from filter(Path.is_file, root.glob(re.sub(r"\*\*$", "**/*", pattern)))
 
 
 def build(root, out, cores=None):
     "Write the preview of the book at `root` to the folder `out`; returns its front page."
-    website = yaml.safe_load((root / "_quarto.yml").read_text("utf-8"))["website"]
+    site = yaml.safe_load((root / "_quarto.yml").read_text("utf-8"))
+    website = site["website"]
     listed = [(d, text, root / path) for d, text, path in contents(website["sidebar"]["contents"], root)]
-    pages = converted(dict.fromkeys([path for _, _, path in listed] + list(notebooks(root))), root, cores)
+    pages = converted(
+        dict.fromkeys([path for _, _, path in listed] + list(reader.notebooks(root))), root, cores
+    )
     entries = [(d, text or pages[path].title, path) for d, text, path in listed]
     shutil.rmtree(out, ignore_errors=True)
     for path, page in pages.items():
         target = (out / path.relative_to(root)).with_suffix(".html")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(render(path, page, entries, website, root), encoding="utf-8")
-    for folder in filter(lambda folder: (root / folder).is_dir(), AS_THEY_ARE):
-        shutil.copytree(root / folder, out / folder, dirs_exist_ok=True)
+    for file in files_beside(site.get("project", {}).get("resources", []), root):
+        target = out / file.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    download.write(root, out, pages)
     return out / "nbs/index.html"
 
 

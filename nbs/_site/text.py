@@ -42,7 +42,7 @@ def with_setup_cell(cells, folder):
     if not code:
         return cells
     meta = settings()
-    cell = nbformat.v4.new_code_cell(setup_cell(folder, meta["repo_url"], meta["repo_branch"]))
+    cell = nbformat.v4.new_code_cell(setup_cell(folder, meta["repo_url"], meta["repo_branch"], cells))
     return cells[: code[0]] + [cell] + cells[code[0] :]
 
 

@@ -6,9 +6,9 @@
 __all__ = ['POSITION_LABELS', 'ALPHA', 'UNCLEAR', 'Key', 'Values', 'SEVERAL', 'STYLES', 'Column', 'DIFFERENCE', 'WORDS', 'Row',
            'label_of', 'Difference', 'differences', 'Comparison', 'compare', 'listed', 'progress', 'recipe',
            'images_seen', 'spent', 'pooled_std', 'detectable', 'power_sentence', 'signed', 'ends', 'mark',
-           'difference_cells', 'difference_columns', 'measured', 'named', 'heads', 'comparison_table', 'sentence',
-           'panels', 'axis_limits', 'draw_panels', 'draw_row', 'show_values', 'drawn_difference', 'show_differences',
-           'printed']
+           'with_interval', 'difference_cells', 'difference_columns', 'measured', 'named', 'heads', 'comparison_table',
+           'sentence', 'panels', 'axis_limits', 'draw_panels', 'draw_row', 'show_values', 'drawn_difference',
+           'show_differences', 'printed']
 
 # %% ../../nbs/evidence/comparisons.ipynb #da80678f
 import math
@@ -24,7 +24,7 @@ from .planned import label
 from .power import holm, p_value, smallest_difference
 from .published import METRICS, Cell
 from .statistics import Summary, summarise
-from .tables import Html, table, verdict
+from .tables import Html, html, table, verdict
 from ..training.config import RunConfig, configure, digest
 from ..training.experiments import experiment
 from ..training.result import RunResult
@@ -255,30 +255,36 @@ def mark(d: Difference) -> Html:
     return verdict(d.reading, STYLES.get(d.reading, "unmeasured"))
 
 
+def with_interval(value: str, interval: str) -> Html:
+    "A number, and below it, in small print, its interval if there is one."
+    return html(value) if not interval else Html(f"{html(value)}<br><small>{html(interval)}</small>")
+
+
 def difference_cells(d: Difference) -> list[object]:
-    "Difference, its own interval, the p value for all comparisons, and the verdict."
+    "The verdict, the difference over its own interval, and the p value for all comparisons."
     if d.summary is None:
-        return ["", "", "", mark(d)]
+        return [mark(d), "", ""]
     p = "" if d.p is None else "< 0.001" if d.p < 0.001 else f"{d.p:.3f}"
-    return [signed(d.summary.mean), ends(d.summary.low, d.summary.high, signed), p, mark(d)]
+    interval = ends(d.summary.low, d.summary.high, signed)
+    return [mark(d), with_interval(signed(d.summary.mean), interval), p]
 
 
 def difference_columns(c: Comparison, row: Row) -> list[object]:
     "The difference of a row to its baseline, if it has one."
     if (d := c.differences.get(row)) is not None:
         return difference_cells(d)
-    return ["", "", "", "baseline" if c.baseline(row) is row else "no baseline"]
+    return ["baseline" if c.baseline(row) is row else "no baseline", "", ""]
 
 # %% ../../nbs/evidence/comparisons.ipynb #0146ec13
 def measured(row: Row, metric: str) -> list[object]:
-    "Parameters, seeds, mean, standard deviation and interval of a row."
+    "Mean over its interval, standard deviation, seeds and parameters of a row."
     seeds = f"{len(row.runs)} of {len(set(row.seeds) | {r.config.seed for r in row.runs})}"
     found = row.summary(metric)
     if found is None:
-        return ["", seeds, "", "", ""]
+        return ["", "", seeds, ""]
     std = "" if found.std is None else f"{found.std:.2f}"
-    size = f"{row.runs[0].parameters:,}"
-    return [size, seeds, f"{found.mean:.2f}", std, ends(found.low, found.high)]
+    mean = with_interval(f"{found.mean:.2f}", ends(found.low, found.high))
+    return [mean, std, seeds, f"{row.runs[0].parameters:,}"]
 
 # %% ../../nbs/evidence/comparisons.ipynb #b9e2551c
 Column = Callable[[Row], object]  # the entry of a row
@@ -290,29 +296,29 @@ def named(metric: str) -> str:
 
 
 def heads(metric: str) -> dict[str, str]:
-    "Titles of the measured and derived columns, and whether they are numbers."
-    numbers = ["Parameters", "Seeds", f"{named(metric)}, %", "Std", "95% interval"]
-    return dict.fromkeys(numbers, "num") | DIFFERENCE
+    "Titles of the measured columns; all of them are numbers."
+    return dict.fromkeys([f"{named(metric)}, %", "Std", "Seeds", "Parameters"], "num")
 
 
-DIFFERENCE = {"Difference": "num", "Its 95% interval": "num", "p, Holm": "num", "Verdict": ""}
+DIFFERENCE = {"Verdict": "", "Difference": "num", "p, Holm": "num"}
 
 # %% ../../nbs/evidence/comparisons.ipynb #84c6ccd1
 def comparison_table(
     c: Comparison,
     rows: Sequence[Row] | None = None,  # None: all
-    words: Mapping[str, Column] = {},  # columns after the name
+    words: Mapping[str, Column] = {},  # columns after the verdict
     numbers: Mapping[str, Column] = {},  # columns at the end
 ) -> Html:
     "A table with one line for each row, with or without runs."
-    columns = {"Row": "", **dict.fromkeys(words, "")}
+    columns = {"Row": "", "Verdict": "", **dict.fromkeys(words, ""), **DIFFERENCE}
     columns |= heads(c.metric) | dict.fromkeys(numbers, "num")
-    lines = [
-        [row.label, *(entry(row) for entry in words.values()), *measured(row, c.metric),
-         *difference_columns(c, row), *(entry(row) for entry in numbers.values())]
-        for row in rows or c.rows
-    ]  # fmt: skip
-    return table(columns, lines, f"{c.title}: {named(c.metric)}, with 95% intervals")
+    lines = []
+    for row in rows or c.rows:
+        said, *numbered = difference_columns(c, row)
+        texts, more = ([entry(row) for entry in given.values()] for given in (words, numbers))
+        lines.append([row.label, said, *texts, *numbered, *measured(row, c.metric), *more])
+    what = f"{named(c.metric)} on test images, differences to the baseline, 95% intervals in small print"
+    return table(columns, lines, f"{c.title}. {what}")
 
 # %% ../../nbs/evidence/comparisons.ipynb #fa8f2c9c
 WORDS = {"above": "{} {} above {}", "below": "{} {} below {}"}

@@ -11,7 +11,7 @@ from itertools import combinations
 
 from scsa_book.evidence.comparisons import (
     STYLES, Comparison, Difference, Row, axis_limits, differences, draw_row, drawn_difference,
-    ends, listed, named, signed,
+    ends, listed, named, signed, with_interval,
 )  # fmt: skip
 from .tables import Html, html, table
 
@@ -42,16 +42,16 @@ def shown(d: Difference, sign: int = 1) -> Html | str:
         return mean
     low, high = sorted((sign * s.low, sign * s.high))
     strong = Html(f"<strong>{mean}</strong>") if d.reading in STYLES else mean
-    return Html(f"{strong}<br><small>{html(ends(low, high, signed))}</small>")
+    return with_interval(strong, ends(low, high, signed))
 
 # %% ../../nbs/evidence/contrasts.ipynb #3d2c83c7
 def contrast_matrix(found: Contrasts, label: str) -> Html:
-    "Rows minus columns, with intervals; `label` describes the table for screen readers."
+    "Rows minus columns, with intervals; `label` is the caption."
     rows = sorted(dict.fromkeys(row for pair in found for row in pair), key=rank)
     full = {pair: shown(d) for pair, d in found.items()}
     full |= {(b, a): shown(d, -1) for (a, b), d in found.items()}
     lines = [[a.label, *(full.get((a, b), "") for b in rows)] for a in rows]
-    return table({"": "", **{row.label: "num" for row in rows}}, lines, label)
+    return table({"Minus": "", **{row.label: "num" for row in rows}}, lines, label)
 
 # %% ../../nbs/evidence/contrasts.ipynb #03c45d69
 def show_contrasts(found: Contrasts, metric: str):

@@ -10,8 +10,8 @@ __all__ = ['READS', 'Run', 'LEAST', 'MOST', 'SHORT', 'SETTINGS', 'Peer', 'SHAPE'
            'like_input', 'bench_module', 'bench_modules', 'measured_on', 'modules_result', 'result_path', 'readable',
            'module_results', 'in_words', 'command', 'NetworkSetting', 'NetworkRow', 'layers_of', 'is_mechanism',
            'PeerModule', 'bytes_moved', 'runs_of_the_machine', 'MachinePeak', 'machine_peak', 'NetworksResult',
-           'with_peers', 'network_forms', 'in_use', 'bench_networks', 'network_row', 'network_result', 'network_path',
-           'network_results', 'network_words', 'networks_command']
+           'with_peers', 'network_forms', 'in_use', 'warm_up', 'bench_networks', 'network_row', 'network_result',
+           'network_path', 'network_results', 'network_words', 'networks_command']
 
 # %% ../../nbs/evidence/speed.ipynb #d1183348
 # Necessary reads of the map, where they are not two: one for the gate, one for the product.
@@ -107,7 +107,7 @@ def take_turns(
     calls = {name: calls_of(run, device) for name, run in runs.items()}
     taken, order = {name: [] for name in runs}, list(runs)
     start = time.perf_counter()
-    for i in range(MOST):
+    for i in tqdm(range(MOST), desc="rounds", disable=None, leave=False):
         if i >= LEAST and time.perf_counter() - start > budget:
             break
         for name in order:
@@ -622,6 +622,16 @@ def in_use(network: nn.Module, setting: NetworkSetting, x: Tensor) -> Run:
         network = torch.compile(network)
     return torch.no_grad()(lambda: network(x))
 
+
+def warm_up(runs: Mapping[tuple, Run], setting: NetworkSetting) -> None:
+    "One forward pass of each; ValueError names the form that cannot compute them."
+    for (name, whose), run in runs.items():
+        try:
+            run()
+        except RuntimeError as error:
+            what = f"{setting.network} with {name}, {whose}, cannot compute batch={setting.batch}"
+            raise ValueError(f"{what}, size={setting.size} ({error}): other ones, please") from error
+
 # %% ../../nbs/evidence/speed.ipynb #cb5d8ab5
 def bench_networks(
     names: Iterable[str] = ("scsa",),  # mechanisms
@@ -637,6 +647,7 @@ def bench_networks(
     forms = network_forms(setting, names, peers)
     x = example((setting.batch, 3, setting.size, setting.size), setting)
     runs = {form: in_use(network, setting, x) for form, network in forms.items()}
+    warm_up(runs, setting)
     runs |= {"again": in_use(copy.deepcopy(forms[None, "ours"]), setting, x)}
     taken = take_turns(runs | runs_of_the_machine(setting), x.device, budget)
     rows = [network_row(form, forms, runs[form], taken, x) for form in forms]

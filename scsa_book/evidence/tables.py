@@ -59,16 +59,17 @@ def body_row(row: Iterable[object], kinds: list[str]) -> str:
 def table(
     columns: Mapping[str, str],  # title -> "num" for numbers, "" for text
     rows: Iterable[Iterable[object]],  # as many entries as columns
-    label: str,  # description of the table for screen readers
-    filterable: bool = False,  # with a search field and a checkbox for every verdict
+    label: str,  # the caption
+    filterable: bool = False,  # with a search field, lists of words, and a checkbox for every verdict
 ) -> Html:
     "A table that scrolls by itself; `ValueError` for a row whose length is not that of the head."
     head = "".join(entry("th", t, scope="col", class_=kind) for t, kind in columns.items())
     body = "\n".join(body_row(row, list(columns.values())) for row in rows)
     start = '<table class="filterable">' if filterable else "<table>"
     region = f'tabindex="0" role="region" aria-label="{escape(label)}"'
+    caption = entry("caption", label)
     return Html(
-        f'<div class="table-scroll" {region}>{start}<thead><tr>{head}</tr></thead>'
+        f'<div class="table-scroll" {region}>{start}{caption}<thead><tr>{head}</tr></thead>'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 
@@ -105,8 +106,8 @@ def badge(row: LedgerRow) -> Html:
 
 # %% ../../nbs/evidence/tables.ipynb #a581a2af
 LEDGER = {
-    "Network": "", "Quantity": "", "Printed": "num", "Ours": "num", "Exact count": "num",
-    "Verdict": "", "Note": "",
+    "Network": "", "Verdict": "", "Quantity": "", "Printed": "num", "Ours": "num",
+    "Exact count": "num", "Note": "",
 }  # fmt: skip
 
 # %% ../../nbs/evidence/tables.ipynb #233fe2cc
@@ -120,13 +121,15 @@ def ledger_line(row: LedgerRow, up: str = "../") -> list[object]:
     "The entries of a row under the columns of `LEDGER`."
     quantity = METRICS[row.cell.metric].title.replace(" ", "\N{NO-BREAK SPACE}")
     exact = "" if row.count is None else f"{row.count:,}"
-    ours = [row.ours, exact, badge(row), note(row, up)]
-    return [name(row.cell), quantity, row.cell.value, *ours]
+    ours, said = row.ours, note(row, up)
+    if row.status == "other_scale":  # a number of another scale is not beside the printed one
+        ours, said = "", Html(f"Here {html(ours)}: {said}")
+    return [name(row.cell), badge(row), quantity, row.cell.value, ours, exact, said]
 
 # %% ../../nbs/evidence/tables.ipynb #1b6a783f
 def ledger_table(
     rows: Iterable[LedgerRow],
-    label: str,  # description of the table for screen readers
+    label: str,  # the caption
     up: str = "../",  # from the page to nbs/
 ) -> Html:
     "Rows of the ledger as a table with a search field and a checkbox for every verdict."
@@ -152,7 +155,7 @@ def tally(rows: Iterable[LedgerRow]) -> dict[str, int]:
 # %% ../../nbs/evidence/tables.ipynb #1f1d25f3
 def overview(
     groups: Mapping[object, Iterable[LedgerRow]],  # name or link -> its rows
-    label: str,  # description of the table for screen readers
+    label: str,  # the caption
 ) -> Html:
     "One line for each group, and one for all: how many numbers, and how many of each verdict."
     counts = {name: Counter(tally(rows)) for name, rows in groups.items()}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'ENDED', 'KEPT', 'OPTIONS', 'BUSY', 'PAUSES', 'REFUSED', 'Job', 'parsed', 'write_whole', 'queue',
-           'waiting_jobs', 'properties', 'request', 'sbatch', 'submitted', 'note', 'submit', 'status', 'commands',
-           'main', 'slurm_found']
+           'waiting_jobs', 'properties', 'request', 'sbatch', 'new_job', 'submitted', 'note', 'submit', 'status',
+           'commands', 'main', 'slurm_found']
 
 # %% ../../nbs/training/cluster.ipynb #dbac43ea
 import getpass
@@ -81,9 +81,10 @@ def queue(folder: Path, since: float = 0.0) -> dict[str, Job] | None:
 
 # %% ../../nbs/training/cluster.ipynb #45a27459
 def waiting_jobs(folder: Path) -> dict[str, Job]:
-    "The jobs of the sweep in `folder` that have not ended, by run."
-    jobs = (queue(folder, time.time()) or {}).values()
-    return {job.name: job for job in jobs if not job.ended and job.folder == str(folder)}
+    "The jobs of the sweep in `folder` that have not ended, by run; RuntimeError if SLURM does not respond."
+    if (jobs := queue(folder, time.time())) is None:
+        raise RuntimeError("squeue does not respond, so a job could be submitted twice")
+    return {job.name: job for job in jobs.values() if not job.ended and job.folder == str(folder)}
 
 # %% ../../nbs/training/cluster.ipynb #dc2a848b
 def properties(script: Path) -> dict:
@@ -115,20 +116,28 @@ def sbatch(params: dict, resources: dict) -> list[str]:
     return ["sbatch", "--parsable", *about, *log, *request(resources), f"--wrap={work}"]
 
 # %% ../../nbs/training/cluster.ipynb #b55ba184
-BUSY = ("temporar", "timed out", "unable to contact", "try again")
-PAUSES = (2, 10, 30)  # seconds between submissions while SLURM is busy
+BUSY = ("temporar", "timed out", "unable to contact", "try again", "does not respond")
+PAUSES = (2, 10, 30)  # seconds between attempts while SLURM is busy
 
 
-def submitted(words: list[str]) -> str:
+def new_job(words: list[str]) -> str:
     "The number of a new job; RuntimeError with SLURM's reason for a refusal."
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(" ".join(done.stderr.split()) or f"sbatch ended with {done.returncode}")
+    return done.stdout.strip().split(";")[0]
+
+
+def submitted(folder: Path, run: str, words: list[str]) -> str:
+    "The number of the job of a run, an old one or a new one; RuntimeError as `new_job`."
     for pause in (*PAUSES, None):
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode == 0:
-            return done.stdout.strip().split(";")[0]
-        said = " ".join(done.stderr.split()) or f"sbatch ended with {done.returncode}"
-        if pause is None or not any(word in said.lower() for word in BUSY):
-            raise RuntimeError(said)
-        time.sleep(pause)
+        try:  # the queue is read each time: an attempt may have timed out and yet left a job
+            old = waiting_jobs(folder).get(run)
+            return old.number if old else new_job(words)
+        except RuntimeError as error:
+            if pause is None or not any(word in str(error).lower() for word in BUSY):
+                raise
+            time.sleep(pause)
 
 # %% ../../nbs/training/cluster.ipynb #7e44c11d
 def note(folder: Path, kind: str, name: str, text: str = "") -> None:
@@ -148,8 +157,7 @@ def submit(script: Path) -> str:
     (folder / "log").mkdir(exist_ok=True)
     try:
         with FileLock(folder / "submit.lock"):  # a killed driver's submission may be under way
-            old = waiting_jobs(folder).get(run)
-            number = old.number if old else submitted(sbatch(params, job["resources"]))
+            number = submitted(folder, run, sbatch(params, job["resources"]))
     except RuntimeError as error:
         note(folder, "failed", run, f"SLURM refused the job: {error}")
         note(folder, "done", run)

@@ -19,8 +19,6 @@ from pathlib import Path
 
 # %% ../../nbs/training/devices.ipynb #4e78430b
 import torch
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from .config import ConfigError, Execution, RunConfig, must_be_known
 from .processes import leave_with_parent
 from .result import require_space, run_folder
@@ -47,7 +45,8 @@ def started_outside(execution: Execution) -> bool:
     "Whether torchrun or srun started this process as one of those of the run."
     tasks = os.environ.get("SLURM_NTASKS") if "SLURM_STEP_ID" in os.environ else None
     by_srun = processes(execution) > 1 and tasks == str(processes(execution))
-    return TorchElasticEnvironment.detect() or by_srun
+    by_torchrun = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    return by_torchrun or by_srun
 
 # %% ../../nbs/training/devices.ipynb #8f3d7263
 def cannot_be_met(config: RunConfig, execution: Execution) -> dict[str, bool]:
@@ -145,6 +144,7 @@ def received(folder: Path, code: int):
 # %% ../../nbs/training/devices.ipynb #b15b5b32
 def work(folder: Path) -> None:
     "One process of a run: trains, and leaves the outcome or the error in `folder`."
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
     from scsa_book.training.run import train
 
     leave_with_parent()

@@ -92,6 +92,12 @@ def load_kept(path: Path | str) -> Kept:
     return Kept(network.eval(), classes, run)
 
 # %% ../../nbs/training/keep.ipynb #10365cde
-def kept_networks() -> list[Path]:
-    "The files of the networks that come with the book."
-    return sorted(embedded("networks").glob("*.safetensors"))
+def kept_networks(
+    *more: Path | str,  # folders
+) -> list[Path]:
+    "The files of the networks that come with the book, and of those that `keep` wrote into further folders."
+    missing = [str(folder) for folder in more if not Path(folder).expanduser().is_dir()]
+    if missing:
+        raise ValueError(f"more={missing}: there is no such folder of kept networks")
+    folders = [embedded("networks"), *(Path(folder).expanduser() for folder in more)]
+    return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]

@@ -6,11 +6,11 @@
 __all__ = ['JOB', 'ATTEMPTS', 'STUCK', 'KILLED', 'JOBS', 'HEADER', 'SILENCE', 'LINGER', 'REMEDY', 'sweep_folder', 'write_plan',
            'exclusive_run', 'local_gpus', 'free_gpus', 'take_gpu', 'Attempts', 'given_up', 'newest',
            'noting_interruption', 'attempt', 'job', 'arguments', 'threads_of_a_run', 'on_this_machine',
-           'profile_folder', 'profile_settings', 'threads_of_a_profile', 'SweepFailed', 'require', 'on_a_cluster',
-           'where_to_run', 'snakemake', 'snakemake_process', 'sweep_lock', 'log_of', 'reason', 'status_line',
-           'progress', 'row', 'rows', 'current_jobs', 'as_table', 'console', 'Display', 'follow', 'not_started',
-           'check_all', 'show_dry_run', 'run_plan', 'unfinished', 'forget', 'on_these_gpus', 'requests_of', 'old_jobs',
-           'begin_anew', 'show_status', 'sweep']
+           'profile_folder', 'profile_settings', 'threads_of_a_profile', 'SweepFailed', 'require', 'on_slurm',
+           'on_a_cluster', 'where_to_run', 'snakemake', 'snakemake_process', 'sweep_lock', 'log_of', 'reason',
+           'status_line', 'progress', 'row', 'rows', 'current_jobs', 'as_table', 'console', 'Display', 'follow',
+           'not_started', 'check_all', 'show_dry_run', 'run_plan', 'unfinished', 'forget', 'on_these_gpus',
+           'requests_of', 'old_jobs', 'begin_anew', 'show_status', 'sweep']
 
 # %% ../../nbs/training/sweep.ipynb #b5bf4435
 import json
@@ -272,16 +272,21 @@ def require(module: str, remedy: str) -> None:
         raise SweepFailed(f"a sweep needs {module}, which is not installed. {remedy}")
 
 # %% ../../nbs/training/sweep.ipynb #48a0e47a
+def on_slurm(profile: str) -> bool:
+    "Whether the jobs of a profile are submitted by the commands of the chapter on clusters."
+    settings = profile_settings(profile)
+    return settings.get("executor") == "cluster-generic" and "cluster-generic-submit-cmd" not in settings
+
+
 def on_a_cluster(profile: str, cores: int | None = None) -> list[str]:
     "Where: on the machines of a profile; `cores` limits the jobs at a time."
-    folder, settings = profile_folder(profile), profile_settings(profile)
-    executor = settings.get("executor", "local")
+    folder = profile_folder(profile)
+    executor = profile_settings(profile).get("executor", "local")
     if executor != "local":
         plugin = f"snakemake-executor-plugin-{executor}"
         require(plugin.replace("-", "_"), f"pip install {plugin} (Python 3.11 or newer)")
-    own = executor == "cluster-generic" and "cluster-generic-submit-cmd" not in settings
     limit = ["--jobs", str(cores)] if cores else []
-    return ["--profile", str(folder), *(commands() if own else []), *limit]
+    return ["--profile", str(folder), *(commands() if on_slurm(profile) else []), *limit]
 
 # %% ../../nbs/training/sweep.ipynb #3234eb6b
 def where_to_run(profile: str | None, cores: int | None, per_gpu: int = 1) -> tuple[list[str], dict]:
@@ -606,7 +611,7 @@ def sweep(
     if dry_run:
         return show_dry_run(todo, where, shares)
     with sweep_lock(folder := sweep_folder(*names, preset=preset)):
-        begin_anew(folder, old_jobs(folder, cancel_old) if profile else set())
+        begin_anew(folder, old_jobs(folder, cancel_old) if profile and on_slurm(profile) else set())
         write_plan(folder, todo, **shares)
         left = run_plan(todo, folder, where, words, until)
     if left:

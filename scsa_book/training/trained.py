@@ -95,9 +95,12 @@ def _timm(name: str, classes: int) -> nn.Module:
     return timm.create_model(name.removeprefix("timm:"), num_classes=classes)
 
 # %% ../../nbs/see/networks.ipynb #4dab651a
-def trained_networks(dataset: str) -> dict[str, Trained]:
-    "The book's own networks for a dataset, plain ones first: `scsa 0` by seed, or by file where several are."
-    runs = {path: load_result(path.with_suffix(".json")) for path in kept_networks()}
+def trained_networks(
+    dataset: str,
+    *more: Path | str,  # folders of `kept_networks`
+) -> dict[str, Trained]:
+    "Kept networks of a dataset, plain ones first: `scsa 0` by seed, or by file where several are."
+    runs = {path: load_result(path.with_suffix(".json")) for path in kept_networks(*more)}
     found = [from_file(path) for path, run in runs.items() if run.config.dataset == dataset]
     found.sort(key=lambda looked: (looked.attention or "", looked.run.config.seed))
     labels = [f"{looked.attention or 'plain'} {looked.run.config.seed}" for looked in found]

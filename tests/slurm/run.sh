@@ -30,11 +30,11 @@ finish() {
 }
 trap finish EXIT
 
-if [ ! -S /run/munge/munge.socket.2 ]; then
+if ! munge -n > /dev/null 2>&1; then  # a socket may be left of a process that was killed
 	[ -f /etc/munge/munge.key ] || mungekey --create
 	mkdir -p /run/munge
 	chown munge: /run/munge /etc/munge/munge.key
-	runuser -u munge -- munged --foreground & MUNGE=$!
+	runuser -u munge -- munged --foreground --force & MUNGE=$!
 	sleep 1
 fi
 

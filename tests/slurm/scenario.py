@@ -102,20 +102,22 @@ def a_killed_driver():
 def a_cancelled_job_and_a_time_limit():
     before = set(results())
     fastest = min(json.loads(path.read_text())["epochs"][0]["seconds"] for path in before)
-    write_experiments(epochs=round(100 / (4 * fastest)))  # of four times as many images, in 100 seconds
+    # of four times as many images; a first epoch is slow, so that this is more than a minute in any case
+    write_experiments(epochs=round(160 / (4 * fastest)))
     driver = sweep("long")
     log = until(lambda: next(iter((BOOK / ".cache" / "sweeps" / "long" / "log").glob("*.log")), None))
     until(lambda: "epoch 2/" in log.read_text())
     number, run, _ = jobs()[0].split()
     subprocess.run(["scancel", number], check=True)
-    until(lambda: [line for line in jobs("RUNNING") if number not in line])
+    until(lambda: [line for line in jobs("RUNNING") if line.split()[0] != number])
     status = sweep("long", "--status")
     assert run[:20] in (shown := status.communicate()[0]), shown
     said = driver.communicate()[0]
     assert driver.returncode == 0, said
     (path,) = set(results()) - before
     ended = [line.split()[2] for line in jobs("all") if line.split()[1] == run]
-    assert sorted(ended)[0] == "CANCELLED" and "TIMEOUT" in ended and ended.count("COMPLETED") == 1, ended
+    # the last one may have received SIGTERM during its last epoch, and have ended the run all the same
+    assert sorted(ended)[0] == "CANCELLED" and "TIMEOUT" in ended and ended.count("COMPLETED") <= 1, ended
     assert starts(path) == len(ended) >= 3
     print(f"a run longer than the limit of its jobs: {len(ended)} jobs ({', '.join(ended)}), one result,")
     print(f"  {starts(path)} starts, none of them counted as a failure")
