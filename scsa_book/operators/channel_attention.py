@@ -57,11 +57,11 @@ def attended(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 def times(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     "A depthwise 1x1 convolution as what it is, a product."
-    z = z * weight.view(-1, 1, 1)
-    return z if bias is None else z + bias.view(-1, 1, 1)
+    z = z * weight.to(z.dtype).view(-1, 1, 1)
+    return z if bias is None else z + bias.to(z.dtype).view(-1, 1, 1)
 
 
-@channel_attention.composed_on("cpu")
+@channel_attention.composed_on("cpu", autocast=True)
 def channel_attention_cpu(
     z: Tensor, weights: list, biases: list, heads: int, shuffle: bool, scaling: Callable, dropout: float
 ) -> Tensor:

@@ -45,7 +45,7 @@ def joint_kernel(weights: list[Tensor]) -> Tensor:
     return torch.cat(padded)[:, :, None]
 
 
-@convolve_strips.composed_on("cpu")
+@convolve_strips.composed_on("cpu", autocast=True)
 def convolve_strips_cpu(
     rows: Tensor, columns: Tensor, weights: list[Tensor], biases: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
