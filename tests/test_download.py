@@ -15,6 +15,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
+import build
 import download
 import filter as reader
 import pytest
@@ -206,3 +207,17 @@ def test_with_an_address_the_book_is_cloned(site, empty, tmp_path):
     notebook.write_text(json.dumps(nb | {"cells": alone(path, meta)[0]}), "utf-8")
     executed(empty, notebook, tmp_path)
     assert (tmp_path / "scsa-book/.git").is_dir()
+
+
+def test_the_downloads_are_there_before_quarto_and_it_does_not_remove_them(tmp_path):
+    page = tmp_path / "book/nbs/part/page.ipynb"
+    page.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "nbs/use/index.ipynb", page)
+    quarto = tmp_path / "quarto"
+    quarto.write_text('#!/bin/sh\ntest "$2" = --no-clean && test -f "$4/download/part/page.ipynb"\n')
+    quarto.chmod(0o755)
+    build.render_with_quarto(str(quarto), tmp_path / "book/out", tmp_path / "book")
+    page.unlink()
+    shutil.rmtree(tmp_path / "book/out")
+    with pytest.raises(SystemExit, match="quarto render failed"):
+        build.render_with_quarto(str(quarto), tmp_path / "book/out", tmp_path / "book")

@@ -60,6 +60,7 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
             (x.unflatten(1, (4, C // 4)), *torch.randn(2, C // 4, dtype=dtype), 1e-5),
         ),
         "strip_means": (strips.strip_means, (x,)),
+        "strip_means_gradient": (strips.strip_means_gradient, (g.mean(3), g.mean(2), x)),
         "window_means": (windows.window_means, (x, 7, 4)),
         "window_means_whole": (windows.window_means, (x, H, W)),
         "gate_axes": (gating.gate_axes, (x, s_h, s_w)),
@@ -71,6 +72,10 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
         "gated_window_gradient": (
             gated_windows.gated_window_gradient,
             (g[:, :, : H // 7, : W // 4].contiguous(memory_format=layout), x, s_h, s_w, 7, 4),
+        ),
+        "gate_by_windows": (
+            gated_windows.gate_by_windows,
+            (x, s_h, s_w, 7, 4, lambda z: z.mean((2, 3), keepdim=True).sigmoid()),
         ),
         "gated_extremes": (extremes.gated_extremes, (x, s_c)),
         "gated_extremes_gradient": (
@@ -99,14 +104,15 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
 
 
 CASES = (
-    "add_product", "normalise_channels", "strip_means", "window_means", "window_means_whole", "gate_axes",
-    "gate_axes_gradient",
+    "add_product", "normalise_channels", "strip_means", "strip_means_gradient", "window_means",
+    "window_means_whole", "gate_axes", "gate_axes_gradient",
     "gate_in_turn", "gate_in_turn_gradient", "gate_sum", "gated_window_means", "gated_window_gradient",
+    "gate_by_windows", "group_norm",
     "gated_extremes", "gated_extremes_gradient", "mean_and_maximum", "gate_and_shuffle",
     "gate_and_shuffle_odd", "similarity_gates", "entropy", "pattern_sums", "convolve_strips",
     "mixture_and_mean", "channel_attention",
 )  # fmt: skip
-WRITTEN = ("gate_sum_gradient", "group_norm", "descriptors")  # without a form for a CPU
+WRITTEN = ("gate_sum_gradient", "descriptors")  # without a form for a CPU
 CASE = pytest.mark.parametrize("case", CASES)
 
 
@@ -261,15 +267,39 @@ def test_the_written_form_runs_wherever_something_records(case):
     torch.vmap(lambda t: ask(t, *rest))(torch.stack([x, x]))
     with forward_ad.dual_level():
         ask(forward_ad.make_dual(x, x), *rest)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ask(x, *rest)
     with torch._subclasses.FakeTensorMode() as mode:
         ask(*changed((x, *rest), mode.from_tensor))
     ask(*changed((x, *rest), lambda t: t.to("meta")))
     ask(x.as_subclass(Subclass), *rest)
     torch.jit.trace(lambda t: ask(t, *rest), x, check_trace=False)
     make_fx(ask_lists, tracing_mode="symbolic")(*choice.tensors_of((x, *rest)))
-    assert seen == [False] * 10
+    assert seen == [False] * 9
+
+
+@CASE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_under_autocast_a_form_computes_what_is_written(case, dtype, layout):
+    operator, args = example(case, dtype, LAYOUTS[layout])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert choice.chosen(operator.forms, args) is not None
+        found = tuple_of(operator(*args))
+    if case == "gated_extremes_gradient" and dtype is torch.bfloat16:
+        exact = tuple_of(operator.written(*args))  # what ties depends on the precision
+    else:
+        exact = tuple_of(operator.written(*changed(args, Tensor.double)))
+    close(*(tuple(t.double() for t in r) for r in (found, exact)), TOLERANCE[torch.bfloat16])
+
+
+def test_several_types_under_autocast_need_a_form_that_takes_them():
+    x, s_h, s_w = example("gate_axes", torch.bfloat16)[1]
+    u, weight, bias, *settings = example("group_norm", torch.bfloat16)[1]
+    mixed = u, weight.float(), bias.float(), *settings
+    assert choice.chosen(norm.group_norm.forms, mixed) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert choice.chosen(gating.gate_axes.forms, (x, s_h.float(), s_w)) is None
+        assert choice.chosen(norm.group_norm.forms, mixed) is not None
+        assert norm.group_norm(*mixed).dtype is torch.bfloat16
 
 
 def test_other_kinds_of_tensors():

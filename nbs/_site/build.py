@@ -169,10 +169,11 @@ def site_follows(root=ROOT):
 
 def render_with_quarto(quarto, out, root):
     environment = os.environ | {"QUARTO_PYTHON": sys.executable}  # for the filter
-    command = [quarto, "render", "--output-dir", out.name]
+    # Quarto warns of a link to a notebook that it neither renders nor finds, so the downloads come first.
+    download.write(root, out, list(reader.notebooks(root)))
+    command = [quarto, "render", "--no-clean", "--output-dir", out.name]
     if code := subprocess.run(command, cwd=root, env=environment).returncode:
         sys.exit(f"quarto render failed ({code})")
-    download.write(root, out, list(reader.notebooks(root)))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import Attention, Authors, Entry, check_choice
 from .pcsa import PCSA
 from .smsa import SMSA
-from ..operators.gated_windows import gated_window_average
+from ..operators.gated_windows import gated_by_windows, gated_window_average
 from ..operators.gating import gate_axes
 
 # %% ../../nbs/synergy/scsa.ipynb #1750f30b
@@ -27,11 +27,15 @@ ORDERS = {
 class SpatialThenChannel(Attention):
     "Gates of SMSA and PCSA, each from the map that the other leaves; `SCSA` builds the two."
 
-    def compressed(self, x: Tensor, height: Tensor, width: Tensor) -> Tensor:
-        "The map that SMSA leaves, pooled and normalised: (B, C, H', W')."
+    def windows(self, x: Tensor, height: Tensor, width: Tensor) -> Tensor:
+        "The map that SMSA leaves, pooled: (B, C, H', W')."
         if self.pcsa.pool != "average":
-            return self.pcsa.compress(x * height * width)
-        return self.pcsa.norm(gated_window_average(x, height, width, self.pcsa.window))
+            return self.pcsa.squeeze(x * height * width)
+        return gated_window_average(x, height, width, self.pcsa.window)
+
+    def channel_gates(self, z: Tensor) -> Tensor:
+        "PCSA's gates, (B, C, 1, 1), from a pooled map."
+        return self.pcsa.gates(self.pcsa.norm(z)).to(z.dtype)
 
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         "`height` (B, C, H, 1), `width` (B, C, 1, W), `channel` (B, C, 1, 1): those of `order`."
@@ -39,19 +43,20 @@ class SpatialThenChannel(Attention):
         first, *second = ORDERS[self.order]
         maps = getattr(self, first).attention_maps(x)
         if self.order == "spatial-channel":
-            maps["channel"] = self.pcsa.gates(self.compressed(x, **maps)).to(x.dtype)
+            maps["channel"] = self.channel_gates(self.windows(x, **maps))
         elif second:
             maps |= self.smsa.attention_maps(x * maps["channel"])
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.order == "spatial-channel" and self.pcsa.pool == "average":
+            self.check(x)
+            s = self.smsa.attention_maps(x).values()
+            return gated_by_windows(x, *s, self.pcsa.window, self.channel_gates)
         s = self.attention_maps(x)
         if self.order == "channel":
             return x * s["channel"]
         return gate_axes(x, s["height"], s["width"] * s.get("channel", 1))
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, order={self.order}"
 
 # %% ../../nbs/synergy/scsa.ipynb #0b3b2f78
 class SCSA(SpatialThenChannel):
@@ -93,6 +98,9 @@ class SCSA(SpatialThenChannel):
             own = {"heads": heads, "shuffle": shuffle, "scale": scale, "window": window}
             own |= {"pool": pool, "qkv_bias": qkv_bias, "dropout": dropout}
             self.pcsa = PCSA(channels, **own, **kw)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, order={self.order}"
 
 # %% ../../nbs/synergy/scsa.ipynb #038bdf1c
 POOL_NAMES = {"avg_pool": "average", "max_pool": "maximum"}

@@ -68,7 +68,7 @@ class TensorImages(Dataset):
 
     def __getitem__(self, batch: BatchIndices) -> tuple[Tensor, Tensor]:
         indices = batch.indices.to(self.images.device)
-        x, y = self.images[indices], self.labels[indices]
+        x, y = self.images.index_select(0, indices), self.labels[indices]
         return self.augment(x, batch.seed) if self.augment else x, y
 
     def to(self, device: torch.device | str) -> "TensorImages":
@@ -94,9 +94,12 @@ class CropAndFlip:
     def __call__(self, x: Tensor, seed: int) -> Tensor:  # (B, C, H, W) -> the same shape
         top, left, mirrored = (drawn.to(x.device) for drawn in self.draw(len(x), seed))
         padded = F.pad(x, [self.padding] * 4)
-        crops = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # (B, C, top, left, H, W)
-        chosen = crops[torch.arange(len(x), device=x.device), :, top, left]
-        return torch.where(mirrored[:, None, None, None], chosen.flip(3), chosen)
+        rows, columns = (torch.arange(n, device=x.device) for n in x.shape[2:])
+        rows = top[:, None] + rows
+        columns = left[:, None] + torch.where(mirrored[:, None], columns.flip(0), columns)
+        at = (rows[:, :, None] * padded.shape[3] + columns[:, None]).flatten(1)
+        at = at[:, None].expand(-1, x.shape[1], -1)
+        return padded.flatten(2).gather(2, at).view(x.shape)
 
 # %% ../../nbs/training/data.ipynb #9babeb79
 DAMAGED = "Replace or remove the file."

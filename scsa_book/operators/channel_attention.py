@@ -31,8 +31,8 @@ def joined_heads(o: Tensor, shuffle: bool) -> Tensor:
 # %% ../../nbs/operators/channel-attention.ipynb #9c41d7aa
 def times(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     "A depthwise 1x1 convolution as what it is, a product."
-    z = z * weight.view(-1, 1, 1)
-    return z if bias is None else z + bias.view(-1, 1, 1)
+    z = z * weight.to(z.dtype).view(-1, 1, 1)
+    return z if bias is None else z + bias.to(z.dtype).view(-1, 1, 1)
 
 
 def query_key_value(
@@ -75,7 +75,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return torch.bmm(v[:, None], a.mT)[:, 0]
 
 
-@channel_attention.composed_on("cpu")
+@channel_attention.composed_on("cpu", autocast=True)
 def channel_attention_cpu(
     z: Tensor, weights: list, biases: list, heads: int, shuffle: bool, scaling: Callable, dropout: float
 ) -> Tensor:

@@ -86,7 +86,7 @@ class Form(NamedTuple):
     run: Callable
     differentiable: Callable | None
     dtypes: frozenset = FLOATING  # that it takes
-    autocast: bool = False  # whether it runs under autocast, also with several types
+    autocast: bool = False  # whether it takes several types under autocast
 
 # %% ../../nbs/operators/choice.ipynb #4dc0783a
 def chosen(forms: Mapping[str, Form], args: tuple) -> Callable | None:
@@ -98,13 +98,12 @@ def chosen(forms: Mapping[str, Form], args: tuple) -> Callable | None:
         load_kernels()
     if (form := forms.get(device.type)) is None:  # also of a device without autocast
         return None
-    if (rounded := torch.is_autocast_enabled(device.type)) and not form.autocast:
-        return None
+    several = form.autocast and torch.is_autocast_enabled(device.type)
     wanted = False
     for t in tensors_of(args):
         if t.dtype not in form.dtypes or t.device != device or not ordinary(t):
             return None
-        if t.dtype is not dtype and not rounded:
+        if t.dtype is not dtype and not several:
             return None
         wanted = wanted or t.requires_grad
     return form.differentiable if wanted and torch.is_grad_enabled() else form.run

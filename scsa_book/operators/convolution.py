@@ -57,7 +57,7 @@ def convolve_strips(
     return tuple(convolve_groups(z, weights, biases) for z in (rows, columns))
 
 
-convolve_strips.composed_on("cpu")(strips_at_once)
+convolve_strips.composed_on("cpu", autocast=True)(strips_at_once)
 
 # %% ../../nbs/operators/convolution.ipynb #0715cc52
 def weighted_mean(

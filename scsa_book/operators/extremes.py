@@ -39,7 +39,8 @@ def to_extremes(y: Tensor, g: Tensor) -> Tensor:
 @operator
 def gated_extremes_gradient(g: Tensor, x: Tensor, s_c: Tensor) -> tuple[Tensor, Tensor]:
     "The gradients of `gated_extremes` to its arguments, from that of its output."
-    u = to_extremes(x * s_c, g)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # so that rounding makes no ties
+    u = to_extremes(wide * s_c, g)
     return u * s_c, (u * x).sum((2, 3), keepdim=True)
 
 # %% ../../nbs/operators/extremes.ipynb #9f1cc8ee

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['gated_window_means', 'gated_window_average', 'spread', 'gated_window_gradient', 'weighted_rows',
-           'gated_window_means_cpu', 'like_factors', 'gated_window_gradient_cpu']
+           'gated_window_means_cpu', 'like_gated_windows', 'gated_window_gradient_cpu', 'gate_by_windows',
+           'gated_by_windows', 'means_together', 'gate_by_windows_cpu']
 
 # %% ../../nbs/operators/gated-windows.ipynb #81713af3
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .choice import operator
-from .gating import row_sums
-from .memory import OF_SEVERAL, pieces
+from .gating import gate_axes, like_factors, row_sums
+from .memory import FAR, OF_SEVERAL, is_channels_last, laid_as, laid_like, pieces
 from .pooling import fitting
-from .strips import embedding_bag_rows, fits_embedding_bag
+from .strips import embedding_bag_rows, fits_embedding_bag, mean_over
 from .windows import column_means, columns_at_once, row_means
 
 # %% ../../nbs/operators/gated-windows.ipynb #b3b08918
@@ -68,23 +71,23 @@ def weighted_rows(x: Tensor, s_h: Tensor, k: int) -> Tensor:
 
 @gated_window_means.on("cpu", gradient=gated_window_gradient)
 def gated_window_means_cpu(x: Tensor, s_h: Tensor, s_w: Tensor, k_h: int, k_w: int) -> Tensor:
+    s_h, s_w = laid_as(x, s_h, s_w)
     return columns_at_once(weighted_rows(x, s_h, k_h).mul_(s_w), k_w)
 
 # %% ../../nbs/operators/gated-windows.ipynb #5bf50516
-def like_factors(
+def like_gated_windows(
     g: Tensor, x: Tensor, s_h: Tensor, s_w: Tensor, k_h: int, k_w: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "Shapes and strides of the gradients: those of what they are gradients to."
-    return torch.empty_like(x), torch.empty_like(s_h), torch.empty_like(s_w)
+    return tuple(like_factors(x, s_h, s_w))
 
 
-@gated_window_gradient.on("cpu", fake=like_factors)
+@gated_window_gradient.on("cpu", fake=like_gated_windows)
 def gated_window_gradient_cpu(
     g: Tensor, x: Tensor, s_h: Tensor, s_w: Tensor, k_h: int, k_w: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = g.shape[2]
-    u = spread(g, 3, x.shape[3], k_w)
-    *to, to_w = like_factors(g, x, s_h, s_w, k_h, k_w)
+    n, (s_h, s_w) = g.shape[2], laid_as(x, s_h, s_w)
+    u = laid_like(spread(g, 3, x.shape[3], k_w), x)
+    *to, to_w = like_factors(x, s_h, s_w)
     torch.sum(u * weighted_rows(x, s_h, k_h), 2, keepdim=True, out=to_w)
     for *maps, means in pieces(x, s_h, *to, u * s_w / k_h, numbers=OF_SEVERAL):
         v, rows, to_x, to_h = (t[..., : n * k_h, :].unflatten(-2, (n, k_h)) for t in maps)
@@ -93,3 +96,43 @@ def gated_window_gradient_cpu(
     for t in to:
         t[:, :, n * k_h :] = 0
     return *to, to_w
+
+# %% ../../nbs/operators/gated-windows.ipynb #9bff8530
+@operator
+def gate_by_windows(
+    x: Tensor,  # (B, C, H, W)
+    s_h: Tensor,  # (B, C, H, 1)
+    s_w: Tensor,  # (B, C, 1, W)
+    k_h: int,  # rows of a window, at most H
+    k_w: int,  # columns, at most W
+    gates: Callable[[Tensor], Tensor],  # (B, C, H // k_h, W // k_w) -> (B, C, 1, 1)
+) -> Tensor:  # (B, C, H, W)
+    "`gate_axes`, times gates of the channels that depend on the windows of that product."
+    return gate_axes(x, s_h, s_w * gates(gated_window_means(x, s_h, s_w, k_h, k_w)))
+
+
+def gated_by_windows(
+    x: Tensor, s_h: Tensor, s_w: Tensor, window: int | None, gates: Callable[[Tensor], Tensor]
+) -> Tensor:
+    "`gate_by_windows` with a window as for `window_average`."
+    k_h, k_w = (fitting(window, n) for n in x.shape[2:])
+    return gate_by_windows(x, s_h, s_w, k_h, k_w, gates)
+
+# %% ../../nbs/operators/gated-windows.ipynb #1c66d385
+def means_together(u: Tensor, axis: int, k: int) -> Tensor:
+    "Mean of k numbers at a time along an axis; those that are left over are in none."
+    n = u.shape[axis] // k
+    return mean_over(u.narrow(axis, 0, n * k).unflatten(axis, (n, k)), axis + 1)
+
+
+@gate_by_windows.composed_on("cpu")
+def gate_by_windows_cpu(
+    x: Tensor, s_h: Tensor, s_w: Tensor, k_h: int, k_w: int, gates: Callable
+) -> Tensor:
+    if not is_channels_last(x) or x.numel() > FAR:
+        return gate_by_windows.written(x, s_h, s_w, k_h, k_w, gates)
+    u, rows, columns = (t.permute(0, 2, 3, 1) for t in laid_as(x, x, s_h, s_w))
+    p = u * rows
+    z = means_together(means_together(p, 1, k_h) * columns, 2, k_w)
+    s_c = gates(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return (p * (columns * s_c)).permute(0, 3, 1, 2)

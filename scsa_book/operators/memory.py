@@ -22,9 +22,10 @@ def laid_like(y: Tensor, x: Tensor) -> Tensor:
     last = is_channels_last(x)
     return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
+
 def laid_as(x: Tensor, *others: Tensor) -> list[Tensor]:
-    "The others without gaps if `x` has none."
-    return [t.contiguous() if x.is_contiguous() else t for t in others]
+    "The others in the memory format of `x`."
+    return [laid_like(t, x) for t in others]
 
 # %% ../../nbs/operators/memory.ipynb #b92fc1f3
 CACHED = 2**20  # numbers: four megabytes in single precision, for the cache of a CPU

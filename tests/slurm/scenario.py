@@ -116,7 +116,7 @@ def a_cancelled_job_and_a_time_limit():
     assert driver.returncode == 0, said
     (path,) = set(results()) - before
     ended = [line.split()[2] for line in jobs("all") if line.split()[1] == run]
-    # the last one may have been told to leave during its last epoch, and have ended the run all the same
+    # the last one may have received SIGTERM during its last epoch, and have ended the run all the same
     assert sorted(ended)[0] == "CANCELLED" and "TIMEOUT" in ended and ended.count("COMPLETED") <= 1, ended
     assert starts(path) == len(ended) >= 3
     print(f"a run longer than the limit of its jobs: {len(ended)} jobs ({', '.join(ended)}), one result,")
