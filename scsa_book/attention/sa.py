@@ -111,7 +111,8 @@ class SubFeatures(Attention):
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         "The two sub-features of every group, views: (B, G, C / 2G, H, W)."
         width = self.channels // (2 * self.groups)
-        return x.unflatten(1, (self.groups, 2 * width)).split(width, 2)
+        groups = x.unflatten(1, (self.groups, 2 * width))
+        return groups[:, :, :width], groups[:, :, width:]
 
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The sub-features times their gates, concatenated and shuffled."

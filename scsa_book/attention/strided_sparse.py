@@ -134,7 +134,8 @@ def sparse_attention(
 ) -> Tensor:  # (B, heads, N, d)
     "`dense_weights(q, k, ...) @ v`, with work only for the candidates of each block."
     n = q.shape[-2]
-    stride = min(stride, n)  # a larger one gives the same result
+    if isinstance(stride, int):  # else it is free, the width of the map
+        stride = min(stride, n)  # a larger one gives the same result
     summary = min(summary, stride)
     positions = torch.arange(n, device=q.device)[:, None]
     mask = block_mask(pattern, positions, stride, causal, summary)

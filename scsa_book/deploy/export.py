@@ -85,7 +85,7 @@ def inputs_for(order: Order) -> list[Tensor]:
     return [x, *others]
 
 # %% ../../nbs/deploy/export.ipynb #cfee8f88
-BOUNDS = {"single": 1e-3, "half": 2e-2, "int8": 0.3}
+BOUNDS = {"single": 1e-4, "half": 2e-2, "int8": 0.3}
 
 
 def error(found: Tensor, expected: Tensor) -> float:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ONNX', 'EXECUTORCH', 'NCNN', 'RUNTIMES', 'Order', 'Runtime', 'absent', 'versions', 'write_onnx', 'load_onnx',
            'run_onnx', 'write_openvino', 'load_openvino', 'run_openvino', 'shape_argument', 'other_sides', 'write_ncnn',
-           'run_ncnn', 'write_executorch', 'run_executorch', 'write_litert', 'run_litert', 'write_coreml', 'run_coreml',
-           'run_isolated', 'run']
+           'run_ncnn', 'xnnpack_partitioner', 'write_executorch', 'run_executorch', 'write_litert', 'run_litert',
+           'write_coreml', 'run_coreml', 'run_isolated', 'run']
 
 # %% ../../nbs/deploy/runtimes.ipynb #2283173d
 import importlib.util
@@ -168,13 +168,37 @@ def run_ncnn(path: Path, inputs: list[Tensor]) -> list[Tensor]:
     return [torch.stack([image(one.contiguous()) for one in x]) for x in inputs]
 
 # %% ../../nbs/deploy/runtimes.ipynb #ab815f7c
-def write_executorch(order: Order, path: Path, xnnpack: bool) -> None:
+def xnnpack_partitioner():
+    "What XNNPACK computes: all that it does not fail on."
+    from executorch.backends.xnnpack.partition import config
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    def without(base: type, fails: Callable) -> type:
+        class Without(base):
+            def check_constraints(self, node, program) -> bool:
+                return not fails(node) and super().check_constraints(node, program)
+
+        return Without
+
+    def strip(node) -> bool:
+        return node.args[0].meta["val"].ndim == 3
+
+    def several_free(node) -> bool:
+        return sum(not isinstance(n, int) for n in node.meta["val"].shape) > 1
+
+    fails = dict.fromkeys((config.ConvolutionConfig, config.BatchNormConfig), strip)
+    fails[config.UnsqueezeCopyConfig] = several_free
+    return XnnpackPartitioner(
+        [without(c, fails[c]) if c in fails else c for c in config.ALL_PARTITIONER_CONFIGS]
+    )
+
+
+def write_executorch(order: Order, path: Path, xnnpack: bool) -> None:
     from executorch.exir import to_edge_transform_and_lower
 
     sizes = order.free(upper=True)
     program = torch.export.export(order.network, (order.example,), dynamic_shapes=sizes)
-    kernels = [XnnpackPartitioner()] if xnnpack else None
+    kernels = [xnnpack_partitioner()] if xnnpack else None
     lowered = to_edge_transform_and_lower(program, partitioner=kernels)
     path.write_bytes(lowered.to_executorch().buffer)
 

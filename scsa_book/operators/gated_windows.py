@@ -19,7 +19,7 @@ from .gating import gate_axes, like_factors, row_sums
 from .memory import FAR, OF_SEVERAL, is_channels_last, laid_as, laid_like, pieces
 from .pooling import fitting
 from .strips import embedding_bag_rows, fits_embedding_bag, mean_over
-from .windows import columns_at_once, window_means
+from .windows import column_means, columns_at_once, row_means
 
 # %% ../../nbs/operators/gated-windows.ipynb #b3b08918
 @operator
@@ -31,7 +31,7 @@ def gated_window_means(
     k_w: int,  # columns, at most W
 ) -> Tensor:  # (B, C, H // k_h, W // k_w)
     "Window means of a map times the gates of its rows and columns."
-    return window_means.written(x * s_h * s_w, k_h, k_w)
+    return column_means(row_means(x * s_h, k_h) * s_w, k_w)
 
 
 def gated_window_average(x: Tensor, s_h: Tensor, s_w: Tensor, window: int | None) -> Tensor:

@@ -37,7 +37,9 @@ def deviation(
     dtype = torch.promote_types(p.dtype, torch.float32)
     length = torch.linalg.vector_norm(p, dim=(-2, -1), keepdim=True, dtype=dtype)
     n = p.shape[-2] * p.shape[-1]
-    return length / (n - 1 + 1 // n) ** 0.5  # the larger of n - 1 and 1, without a branch
+    freedom = n - 1 + 1 // n  # the larger of n - 1 and 1, without a branch
+    # a tensor: not every runtime takes the root of a size
+    return length / torch.full((), freedom, dtype=dtype, device=p.device).sqrt()
 
 # %% ../../nbs/operators/group-statistics.ipynb #e501fa4d
 @operator

@@ -10,7 +10,7 @@ __all__ = ['check_map', 'global_average', 'channel_average', 'global_maximum', '
 from math import inf
 
 import torch.nn.functional as F
-from torch import Tensor, sym_max
+from torch import Tensor, is_grad_enabled
 
 from .extremes import largest
 
@@ -45,6 +45,8 @@ def global_maximum(
 ) -> Tensor:  # (B, C, 1, 1)
     "Largest value of every channel over its positions; the first of a tie has the gradient."
     check_map(x)
+    if not (is_grad_enabled() and x.requires_grad):
+        return x.amax((-2, -1), keepdim=True)  # in any memory format, without a copy
     return largest(x.flatten(2), 2)[..., None]
 
 
@@ -86,11 +88,15 @@ def missing(positions: int, k: int) -> int:
     "How many positions an axis lacks for one window; as a size or, traced, as a tensor."
     if isinstance(positions, int):
         return max(k - positions, 0)
+    if isinstance(k, int) and k == 1:
+        return 0
     if isinstance(positions, Tensor):
         return (k - positions).clamp(min=0)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return 0 if statically_known_true(positions >= k) else sym_max(k - positions, 0)
+    if statically_known_true(positions >= k):
+        return 0
+    return (k - positions) * (2 * k // (k + positions))  # times 1 up to a window, then 0
 
 
 def filled(x: Tensor, k_h: int, k_w: int, value: float) -> Tensor:

@@ -48,7 +48,8 @@ def gate_and_shuffle(
 ) -> Tensor:  # (B, C, H, W)
     "The sub-features of all groups times their gates, concatenated and shuffled."
     width = x.shape[1] // (2 * groups)
-    sub_features = x.unflatten(1, (groups, 2 * width)).split(width, 2)
+    both = x.unflatten(1, (groups, 2 * width))
+    sub_features = both[:, :, :width], both[:, :, width:]
     gates = (s.unflatten(1, (groups, width)) for s in (s_c, s_p))
     products = [u * s for u, s in zip(sub_features, gates, strict=True)]
     return concat_and_shuffle(products, shuffle_groups)
