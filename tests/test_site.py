@@ -662,7 +662,7 @@ def test_only_pages_of_the_present_book_are_kept(book, monkeypatch):
 def test_quarto_is_called_with_our_python_and_its_failure_is_reported(book, monkeypatch):
     quarto = book / "quarto"
     quarto.write_text(
-        '#!/bin/sh\nmkdir -p "$3"; echo "$QUARTO_PYTHON" > "$3/index.html"; exit "${CODE:-0}"\n'
+        '#!/bin/sh\nmkdir -p "$4"; echo "$QUARTO_PYTHON" > "$4/index.html"; exit "${CODE:-0}"\n'
     )
     quarto.chmod(0o755)
     front = build.render(str(quarto), book)

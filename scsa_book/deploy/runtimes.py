@@ -192,7 +192,7 @@ def xnnpack_partitioner():
         [without(c, fails[c]) if c in fails else c for c in config.ALL_PARTITIONER_CONFIGS]
     )
 
-
+# %% ../../nbs/deploy/runtimes.ipynb #ab815f7d
 def write_executorch(order: Order, path: Path, xnnpack: bool) -> None:
     from executorch.exir import to_edge_transform_and_lower
 
