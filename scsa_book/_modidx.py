@@ -631,6 +631,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'scsa_book.cli.evaluation_page': ('reference/command-line.html#evaluation_page', 'scsa_book/cli.py'),
                                'scsa_book.cli.execute': ('reference/command-line.html#execute', 'scsa_book/cli.py'),
                                'scsa_book.cli.execute_evaluation': ('reference/command-line.html#execute_evaluation', 'scsa_book/cli.py'),
+                               'scsa_book.cli.execute_in': ('reference/command-line.html#execute_in', 'scsa_book/cli.py'),
                                'scsa_book.cli.export_network': ('reference/command-line.html#export_network', 'scsa_book/cli.py'),
                                'scsa_book.cli.fail': ('reference/command-line.html#fail', 'scsa_book/cli.py'),
                                'scsa_book.cli.findings': ('reference/command-line.html#findings', 'scsa_book/cli.py'),

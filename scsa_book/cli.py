@@ -6,11 +6,11 @@
 __all__ = ['app', 'PREPARE', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot', 'bench', 'any_gpu', 'Device', 'Dtype',
            'Layout', 'Compiled', 'see', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook',
            'check_parameters', 'title', 'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm',
-           'keeping_memory', 'of_this_interpreter', 'kernel', 'execute', 'is_locked', 'in_words', 'make_run', 'run',
-           'sweep', 'job', 'beside_the_claim', 'evaluation_page', 'execute_evaluation', 'evaluate', 'keep',
-           'network_of_file', 'export_network', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger',
-           'modules', 'gpu', 'kernels', 'network_to_see', 'cam', 'networks', 'memory_gib', 'devices', 'data_found',
-           'quarto_found', 'findings', 'doctor']
+           'keeping_memory', 'of_this_interpreter', 'kernel', 'execute', 'execute_in', 'is_locked', 'in_words',
+           'make_run', 'run', 'sweep', 'job', 'beside_the_claim', 'evaluation_page', 'execute_evaluation', 'evaluate',
+           'keep', 'network_of_file', 'export_network', 'names_in_use', 'list_names', 'counting', 'recounting',
+           'ledger', 'modules', 'gpu', 'kernels', 'network_to_see', 'cam', 'networks', 'memory_gib', 'devices',
+           'data_found', 'quarto_found', 'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -225,6 +225,13 @@ def kernel(folder: Path):
 # %% ../nbs/reference/command-line.ipynb #40ddd34b
 def execute(task: str, parameters: dict[str, Any], config, execution, started=None):
     "Execute a run notebook; its result. RunFailed, or ValueError for missing data, with its error."
+    folder = task_notebook(task).parent
+    with contextlib.nullcontext(started) if started else kernel(folder) as manager:
+        return execute_in(manager, task, parameters, config, execution)
+
+
+def execute_in(manager, task: str, parameters: dict[str, Any], config, execution):
+    "As `execute`, in a kernel that may still be getting ready while this process imports what it needs."
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -234,11 +241,10 @@ def execute(task: str, parameters: dict[str, Any], config, execution, started=No
     work = run_folder(config, execution) / "notebook.ipynb"
     work.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with contextlib.nullcontext(started) if started else kernel(notebook.parent) as manager:
-            done = papermill.execute_notebook(
-                str(notebook), str(work), parameters,
-                km=manager, kernel_name="python3", progress_bar=False, stdout_file=sys.stderr,
-            )  # fmt: skip
+        done = papermill.execute_notebook(
+            str(notebook), str(work), parameters,
+            km=manager, kernel_name="python3", progress_bar=False, stdout_file=sys.stderr,
+        )  # fmt: skip
     except PapermillExecutionError as error:
         kind = ValueError if error.ename == "DataError" else RunFailed
         raise kind(f"{config.id}: {error.evalue} ({error.ename}; see {work})") from None
