@@ -2822,6 +2822,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'scsa_book/operators/extremes.py'),
                                               'scsa_book.operators.extremes.gated_extremes_gradient_cpu': ( 'operators/extremes.html#gated_extremes_gradient_cpu',
                                                                                                             'scsa_book/operators/extremes.py'),
+                                              'scsa_book.operators.extremes.has_gradient': ( 'operators/extremes.html#has_gradient',
+                                                                                             'scsa_book/operators/extremes.py'),
                                               'scsa_book.operators.extremes.largest': ( 'operators/extremes.html#largest',
                                                                                         'scsa_book/operators/extremes.py'),
                                               'scsa_book.operators.extremes.to_extremes': ( 'operators/extremes.html#to_extremes',

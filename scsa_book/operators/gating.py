@@ -76,8 +76,6 @@ def column_sums(
     else:
         torch.sum(p * weights, -2, keepdim=True, out=to)
 
-
-
 # %% ../../nbs/operators/gating.ipynb #5b6d7f52
 def like_factors(x: Tensor, *gates: Tensor) -> list[Tensor]:
     "Memory for the gradients to a map and to its gates, all in the format of the map."

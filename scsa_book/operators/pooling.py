@@ -10,9 +10,9 @@ __all__ = ['check_map', 'global_average', 'channel_average', 'global_maximum', '
 from math import inf
 
 import torch.nn.functional as F
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
-from .extremes import largest
+from .extremes import has_gradient, largest
 
 # %% ../../nbs/foundations/pooling.ipynb #37e2520f
 def check_map(x: Tensor) -> None:
@@ -45,9 +45,9 @@ def global_maximum(
 ) -> Tensor:  # (B, C, 1, 1)
     "Largest value of every channel over its positions; the first of a tie has the gradient."
     check_map(x)
-    if not (is_grad_enabled() and x.requires_grad):
-        return x.amax((-2, -1), keepdim=True)  # in any memory format, without a copy
-    return largest(x.flatten(2), 2)[..., None]
+    if has_gradient(x):
+        return largest(x.flatten(2), 2)[..., None]
+    return x.amax((-2, -1), keepdim=True)  # in any memory format, without a copy
 
 
 def channel_maximum(

@@ -140,8 +140,6 @@ def channels_together(x: Tensor) -> tuple[Tensor, Tensor]:
     columns = embedding_bag_rows(u.flatten(2)[:, None], u.shape[1]).view(-1, *u.shape[2:])
     return rows.mT, columns.mT
 
-
-
 # %% ../../nbs/operators/strips.ipynb #efb710ba
 @strip_means.on("cpu", composed=differentiable_sums, fake=strip_sums)
 def strip_means_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
