@@ -3258,6 +3258,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'scsa_book.paths.data_root': ('training/paths.html#data_root', 'scsa_book/paths.py'),
                                  'scsa_book.paths.download_folder': ('training/paths.html#download_folder', 'scsa_book/paths.py'),
                                  'scsa_book.paths.embedded': ('training/paths.html#embedded', 'scsa_book/paths.py'),
+                                 'scsa_book.paths.importing': ('training/paths.html#importing', 'scsa_book/paths.py'),
                                  'scsa_book.paths.is_book': ('training/paths.html#is_book', 'scsa_book/paths.py'),
                                  'scsa_book.paths.known_file': ('training/paths.html#known_file', 'scsa_book/paths.py'),
                                  'scsa_book.paths.results_folder': ('training/paths.html#results_folder', 'scsa_book/paths.py'),

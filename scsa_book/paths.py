@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'is_book', 'book_root', 'results_folder', 'cache_folder', 'embedded', 'data_root', 'download_folder',
-           'usable_cores', 'DataError', 'sha256_of', 'known_file']
+           'usable_cores', 'importing', 'DataError', 'sha256_of', 'known_file']
 
 # %% ../nbs/training/paths.ipynb #375ce20a
+import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -66,6 +68,19 @@ KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
 }
+
+# %% ../nbs/training/paths.ipynb #3a1e70c2
+@contextlib.contextmanager
+def importing():
+    "A block that imports much, without garbage collection; what it leaves is never looked through."
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
 
 # %% ../nbs/training/paths.ipynb #a46ddcd4
 class DataError(RuntimeError):
