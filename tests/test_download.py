@@ -60,17 +60,21 @@ def test_a_page_without_code_installs_nothing():
 
 
 @lru_cache
-def installed_with(name, extra=""):
-    "The distributions that come with one, by their metadata."
-    found = {name}
+def required(name, extra):
+    "The distributions that one asks for by itself, by its metadata."
     try:
-        lines = map(Requirement, requires(name) or [])
+        found = map(Requirement, requires(name) or [])
     except PackageNotFoundError:
-        return found
-    for line in lines:
-        if line.marker is None or line.marker.evaluate({"extra": extra}):
-            if line.name.lower() not in found:
-                found |= {line.name.lower()} | installed_with(line.name.lower())
+        return set()
+    return {r.name.lower() for r in found if r.marker is None or r.marker.evaluate({"extra": extra})}
+
+
+def installed_with(name, extra=""):
+    "The distributions that come with one."
+    found, waiting = {name}, required(name, extra)
+    while waiting:
+        found |= waiting
+        waiting = set().union(*(required(other, "") for other in waiting)) - found
     return found
 
 
@@ -92,7 +96,6 @@ def imports(cells):
 
 
 def test_every_page_installs_what_it_imports():
-    sys.setrecursionlimit(5000)
     found = packages_distributions()
     for path in WITH_CODE:
         cells, _ = alone(path)

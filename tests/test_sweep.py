@@ -1,7 +1,9 @@
 """Sweeps: Snakemake and the driver are the real ones; a run is a stand-in that waits."""
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -11,6 +13,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from conftest import ROOT
 from filelock import FileLock
@@ -407,6 +410,42 @@ def test_a_driver_that_is_interrupted_takes_its_jobs_along(book):
     process.communicate(timeout=60)
     assert process.returncode != 0
     until(lambda: not alive(int(begun[0].split()[0])), 10)
+
+
+LONG = """
+long:
+  title: one run of many short epochs
+  preset: sample
+  common: {train_images: 640, test_images: 30, batch_size: 32, epochs: 40}
+  runs: [{attention: sa, options: {groups: 4}}]
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_no_number(book):
+    "The page on sweeps reports the same of a run of half an hour."
+    (book / "nbs" / "runs" / "experiments.yml").write_text(LONG)
+    [(config, _)] = experiment("long").plan()
+    command = [sys.executable, "-m", "scsa_book.cli", "sweep", "long", "--cores", "2"]
+    path, cache = book / f"nbs/results/sample/{config.id}.json", book / ".cache"
+    ended, moments = [], random.Random(0)
+    for kills in (0, 10):
+        for _ in range(kills):
+            process = subprocess.Popen(command, cwd=book, stdout=subprocess.DEVNULL, start_new_session=True)
+            until(lambda: list(cache.glob("runs/*/*.ckpt")), 120)
+            time.sleep(moments.uniform(0, 12))
+            everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for one in everyone:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            process.wait()
+            assert not path.exists(), "the run was over too early to be killed"
+        subprocess.run(command, cwd=book, check=True, stdout=subprocess.DEVNULL)
+        ended.append(load_result(path))
+        path.unlink()
+        shutil.rmtree(cache)
+    assert [e.metrics for e in ended[0].epochs] == [e.metrics for e in ended[1].epochs]
+    assert ended[0].final == ended[1].final and ended[1].starts > ended[0].starts == 1
 
 
 @pytest.mark.slow
