@@ -1104,6 +1104,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'scsa_book.deploy.matrix.attention_of': ( 'deploy/index.html#attention_of',
                                                                                    'scsa_book/deploy/matrix.py'),
                                          'scsa_book.deploy.matrix.cell': ('deploy/index.html#cell', 'scsa_book/deploy/matrix.py'),
+                                         'scsa_book.deploy.matrix.check_runtimes': ( 'deploy/index.html#check_runtimes',
+                                                                                     'scsa_book/deploy/matrix.py'),
                                          'scsa_book.deploy.matrix.complete': ('deploy/index.html#complete', 'scsa_book/deploy/matrix.py'),
                                          'scsa_book.deploy.matrix.computed': ('deploy/index.html#computed', 'scsa_book/deploy/matrix.py'),
                                          'scsa_book.deploy.matrix.fill': ('deploy/index.html#fill', 'scsa_book/deploy/matrix.py'),

@@ -96,6 +96,15 @@ def test_what_cannot_be(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_matrix_is_filled_for_runtimes_alone(tmp_path):
+    for fill in (matrix.fill, matrix.fill_shares):
+        with pytest.raises(ValueError, match=r"'\[onnx\]' is text .* -y 'runtimes: \[onnx\]'"):
+            fill(tmp_path / "m.json", "[onnx]")
+        with pytest.raises(ValueError, match="unknown runtime 'onxx'. Did you mean 'onnx'"):
+            fill(tmp_path / "m.json", ["onxx"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_errors_of_other_shapes_and_infinities():
     one = torch.ones(2, 3)
     assert error(one, one) == 0 and error(one + 0.5, one) == 0.5

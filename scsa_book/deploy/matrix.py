@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'FITTING', 'TRUNKS', 'PLACED', 'TIMED', 'attention_of', 'small_network', 'whole_network', 'subject',
-           'cell', 'keys', 'alone', 'seconds', 'share', 'computed', 'complete', 'packages', 'fill', 'fill_shares',
-           'fill_alone']
+           'cell', 'keys', 'alone', 'seconds', 'share', 'computed', 'complete', 'packages', 'check_runtimes', 'fill',
+           'fill_shares', 'fill_alone']
 
 # %% ../../nbs/deploy/index.ipynb #53a61788
 import json
@@ -154,13 +154,25 @@ def packages(key: str) -> dict[str, str]:
     return {m: p for r in used for m, p in (r.to_write | r.to_run).items()}
 
 # %% ../../nbs/deploy/index.ipynb #80152427
+def check_runtimes(wanted: list[str]) -> None:
+    "ValueError unless all are names of runtimes."
+    if isinstance(wanted, str):
+        remedy = f"papermill takes one by -y 'runtimes: [{wanted.strip('[]')}]'"
+        raise ValueError(f"{wanted!r} is text and not a list of runtimes; {remedy}")
+    for name in wanted:
+        if name not in RUNTIMES:
+            raise registry.unknown("runtime", name, RUNTIMES)
+
+
 def fill(file: Path, wanted: list[str]) -> None:
     "The cells of these runtimes."
+    check_runtimes(wanted)
     complete(file, "cells", (key for runtime in wanted for key in keys(runtime)), computed)
 
 
 def fill_shares(file: Path, wanted: list[str]) -> None:
     "The shares of ResNet-50's images per second in these runtimes."
+    check_runtimes(wanted)
     complete(file, "shares", (f"{n} {r}" for r in wanted for n in PLACED), lambda key: share(*key.split()))
 
 
