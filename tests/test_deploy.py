@@ -64,6 +64,41 @@ def test_right_or_refused(name, runtime, dynamic, tmp_path):
         assert report.error < 1e-4
 
 
+# ---- blocks of channels ----
+
+
+class Averaged(nn.Module):
+    "Means over channels, which no runtime takes in blocks."
+
+    def forward(self, x):
+        return x.mean(1, keepdim=True)
+
+
+def around(channels, hidden, after):
+    "A convolution, squeeze-and-excitation, and a layer after it."
+    attention = registry.create("se", channels, reduction=channels // hidden)
+    return nn.Sequential(nn.Conv2d(3, channels, 3), attention, after).eval().requires_grad_(False)
+
+
+@needs("onnx")
+@pytest.mark.parametrize(
+    ("channels", "hidden", "after", "dynamic", "resized"),
+    [
+        (64, 4, nn.ReLU(), False, 1),  # few hidden channels, which need no blocks
+        (64, 32, nn.Conv2d(64, 8, 1), False, 1),
+        (64, 4, nn.ReLU(), True, 0),  # free sizes: no known factor
+        (24, 4, nn.ReLU(), False, 0),  # channels that fill no blocks
+        (96, 24, nn.ReLU(), False, 0),  # hidden channels that fill none
+        (64, 4, Averaged(), False, 0),  # the product leaves the blocks anyway
+    ],
+)
+def test_gates_stay_in_blocks_where_they_can(channels, hidden, after, dynamic, resized, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    report = export(around(channels, hidden, after), X, "onnx", tmp_path / "n", dynamic=dynamic)
+    nodes = [node.op_type for node in onnx.load(report.files[0]).graph.node]
+    assert report.error < 1e-5 and nodes.count("Resize") == nodes.count("GlobalAveragePool") == resized
+
+
 # ---- what is refused before or after conversion ----
 
 

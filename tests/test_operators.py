@@ -89,7 +89,8 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
             group_statistics.similarity_gates,
             (x.unflatten(1, (4, C // 4)), *torch.randn(2, 4, 1, 1, dtype=dtype), 1e-5),
         ),
-        "entropy": (entropy.entropy, (x, 1)),
+        "entropy": (entropy.entropy, (x, (1,))),
+        "entropy_over_positions": (entropy.entropy, (x, (2, 3))),
         "pattern_sums": (frequency.pattern_sums, (x, torch.randn(4, H, W, dtype=dtype))),
         "convolve_strips": (convolution.convolve_strips, (rows, columns, taps, biases)),
         "mixture_and_mean": (convolution.mixture_and_mean, (x, x.mean(2), kernel, bias, shares)),
@@ -109,8 +110,8 @@ CASES = (
     "gate_in_turn", "gate_in_turn_gradient", "gate_sum", "gated_window_means", "gated_window_gradient",
     "gate_by_windows", "group_norm",
     "gated_extremes", "gated_extremes_gradient", "mean_and_maximum", "gate_and_shuffle",
-    "gate_and_shuffle_odd", "similarity_gates", "entropy", "pattern_sums", "convolve_strips",
-    "mixture_and_mean", "channel_attention",
+    "gate_and_shuffle_odd", "similarity_gates", "entropy", "entropy_over_positions",
+    "pattern_sums", "convolve_strips", "mixture_and_mean", "channel_attention",
 )  # fmt: skip
 WRITTEN = ("gate_sum_gradient", "descriptors")  # without a form for a CPU
 CASE = pytest.mark.parametrize("case", CASES)

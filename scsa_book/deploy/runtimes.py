@@ -71,9 +71,13 @@ def versions(modules: dict[str, str]) -> dict[str, str]:
 def write_onnx(order: Order, path: Path) -> None:
     import onnx
 
+    from scsa_book.deploy.blocked import keep_blocked
+
     names = {"input_names": ["x"], "output_names": ["y"]}
     how = {"dynamo": True, "verbose": False, "dynamic_shapes": order.free()}
     program = torch.onnx.export(order.network, (order.example,), **names, **how)
+    if not (order.dynamic or order.half):
+        keep_blocked(program.model)
     model = program.model_proto
     if order.half:
         from onnxruntime.transformers.float16 import convert_float_to_float16

@@ -18,21 +18,23 @@ from .pooling import check_map
 @operator
 def entropy(
     x: Tensor,
-    dim: int,  # the axis that becomes a distribution; it keeps length one
-) -> Tensor:  # nats, between 0 and the logarithm of the axis' length
-    "Entropy of the softmax over `dim`; half precision is summed in single."
+    axes: tuple[int, ...],  # side by side; they become one distribution and keep length one
+) -> Tensor:  # nats, between 0 and the logarithm of the axes' product
+    "Entropy of the softmax over `axes`; half precision is summed in single."
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    u = wide - wide.amax(dim, keepdim=True)
+    u = wide - wide.amax(axes, keepdim=True)
     e = u.exp()
-    total = e.sum(dim, keepdim=True)
-    return (total.log() - (u * e).sum(dim, keepdim=True) / total).to(x.dtype)
+    total = e.sum(axes, keepdim=True)
+    return (total.log() - (u * e).sum(axes, keepdim=True) / total).to(x.dtype)
 
 # %% ../../nbs/operators/entropy.ipynb #232fac3b
 @entropy.composed_on("cpu")
-def entropy_cpu(x: Tensor, dim: int) -> Tensor:
-    log_p = x.log_softmax(dim, dtype=torch.promote_types(x.dtype, torch.float32))
+def entropy_cpu(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    dim, wide = axes[0], torch.promote_types(x.dtype, torch.float32)
+    log_p = x.flatten(dim, axes[-1]).log_softmax(dim, dtype=wide)
     p = torch.exp2(log_p * math.log2(math.e))
-    return -(p * log_p).sum(dim, keepdim=True).to(x.dtype)
+    h = -(p * log_p).sum(dim, keepdim=True).to(x.dtype)
+    return h.unflatten(dim, [1] * len(axes))
 
 # %% ../../nbs/operators/entropy.ipynb #707b09fe
 def global_entropy(
@@ -40,7 +42,7 @@ def global_entropy(
 ) -> Tensor:  # (B, C, 1, 1), nats, between 0 and log(H W)
     "Entropy of every channel's softmax over its positions. Source: CAT, 2022."
     check_map(x)
-    return entropy(x.flatten(2), -1)[..., None]
+    return entropy(x, (2, 3))
 
 
 def channel_entropy(
@@ -48,4 +50,4 @@ def channel_entropy(
 ) -> Tensor:  # (B, 1, H, W), nats, between 0 and log(C)
     "Entropy of every position's softmax over its channels. Source: CAT, 2022."
     check_map(x)
-    return entropy(x, 1)
+    return entropy(x, (1,))
