@@ -400,9 +400,10 @@ def graph_targets(graph):
 @MECHANISM
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_exported_program_holds_no_write_and_no_python(name, grad):
-    module, (x, other) = build(name).requires_grad_(grad), torch.randn(2, 2, WIDTH, 15, 22)
+    module, x, other = build(name).requires_grad_(grad), torch.randn(2, WIDTH, 15, 22), torch.randn(5, WIDTH, 15, 22)
+    batch = {0: torch.export.Dim("batch", min=1)}
     with torch.set_grad_enabled(grad):
-        program = torch.export.export(module, (x,))
+        program = torch.export.export(module, (x,), dynamic_shapes=(batch,))
     core = program.run_decompositions({})
     for target in graph_targets(core.graph):
         if isinstance(target, torch._ops.OpOverload):
