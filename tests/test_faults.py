@@ -23,8 +23,9 @@ FAULTS = {
     "oldest-checkpoint": ("training/checkpoints.py", "reverse=True", "reverse=False", "test_training.py"),
     "transposed-size": ("data/annotations.py", "limits = (width, height, width, height)",
                         "limits = (height, width, height, width)", "test_detection_data.py"),
-    "prefix-kept": ("networks/weights_file.py", 'all(name.startswith("module.")', 'all(name.endswith("module.")',
-                    "test_inputs.py"),
+    "prefix-kept": (
+        "networks/weights_file.py", 'name.startswith("module.")', 'name.endswith("module.")', "test_inputs.py"
+    ),
     "population-deviation": ("evidence/statistics.py", "ddof=1", "ddof=0", "test_evidence.py"),
     "usage-error-as-success": ("cli.py", "fail(error, 2)", "fail(error, 0)", "test_cli.py"),
 }  # fmt: skip
