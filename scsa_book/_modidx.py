@@ -1151,6 +1151,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'scsa_book/deploy/runtimes.py'),
                                            'scsa_book.deploy.runtimes.absent': ( 'deploy/runtimes.html#absent',
                                                                                  'scsa_book/deploy/runtimes.py'),
+                                           'scsa_book.deploy.runtimes.import_openvino': ( 'deploy/runtimes.html#import_openvino',
+                                                                                          'scsa_book/deploy/runtimes.py'),
                                            'scsa_book.deploy.runtimes.load_onnx': ( 'deploy/runtimes.html#load_onnx',
                                                                                     'scsa_book/deploy/runtimes.py'),
                                            'scsa_book.deploy.runtimes.load_openvino': ( 'deploy/runtimes.html#load_openvino',

@@ -1,9 +1,13 @@
 """Files for other runtimes: every mechanism is right there, or refused with a reason and without a file."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from scsa_book.attention import registry
@@ -27,6 +31,31 @@ def test_free_sizes_down_to_one(name, runtime, tmp_path):
     report = export(matrix.small_network(name), X, runtime, tmp_path / name, dynamic=True)
     assert set(report.errors) == {(2, 3, 14, 14), (1, 3, 8, 8), (1, 3, 1, 1)}
     assert report.error < 1e-4 and all(f.stat().st_size > 0 for f in report.files)
+
+
+REPORTING = """
+import os, sys
+folder = os.path.dirname(sys.argv[1])
+
+def made(event, values):  # the processes that report are forked, and inherit this
+    if event in ("urllib.Request", "socket.getaddrinfo"):
+        os.mkdir(os.path.join(folder, "reported"))
+        raise OSError("no request leaves a test")
+
+sys.addaudithook(made)
+import torch
+from scsa_book.deploy.export import export
+export(torch.nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8), "openvino", sys.argv[1])
+"""
+
+
+@needs("openvino")
+def test_a_conversion_is_reported_to_nobody(tmp_path):
+    "OpenVINO's converter would report the operators of the network."
+    left = {name: value for name, value in os.environ.items() if name != "CI"}  # where it reports nothing
+    command = [sys.executable, "-c", REPORTING, str(tmp_path / "network")]
+    subprocess.run(command, cwd=ROOT, env={**left, "HOME": str(tmp_path)}, check=True, capture_output=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"network.xml", "network.bin"}
 
 
 OFTEN = ("se", "sa", "cat", "scsa")  # with free sizes the quick tests have all

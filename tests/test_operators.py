@@ -401,9 +401,11 @@ def graph_targets(graph):
 @MECHANISM
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_exported_program_holds_no_write_and_no_python(name, grad):
-    module, (x, other) = build(name).requires_grad_(grad), torch.randn(2, 2, WIDTH, 15, 22)
+    module = build(name).requires_grad_(grad)
+    x, other = (torch.randn(batch, WIDTH, 15, 22) for batch in (2, 5))
+    batch = {0: torch.export.Dim("batch", min=1)}
     with torch.set_grad_enabled(grad):
-        program = torch.export.export(module, (x,))
+        program = torch.export.export(module, (x,), dynamic_shapes=(batch,))
     core = program.run_decompositions({})
     for target in graph_targets(core.graph):
         if isinstance(target, torch._ops.OpOverload):
