@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'KEEPS', 'whole_blocks', 'ChannelGate', 'keep_blocked']
 
 # %% ../../nbs/deploy/blocked.ipynb #98f06d40
-import onnx_ir as ir
+from onnxscript import ir
 from onnxscript.rewriter import pattern
 
 # %% ../../nbs/deploy/blocked.ipynb #f06bf0bd
@@ -30,7 +30,7 @@ class ChannelGate(pattern.RewriteRuleClassBase):
 
     def check(self, context, x, reduce, y, **others) -> bool:
         known = x.shape is not None and x.shape.is_static() and len(x.shape) == 4
-        around = [x.producer(), *y.consumers()]
+        around = [x.producer(), *(node for node, _ in y.uses())]
         inside = all(node is not None and node.op_type in KEEPS for node in around)
         hidden, channels = reduce.shape
         return known and inside and channels % BLOCK == 0 and whole_blocks(hidden)
