@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'FITTING', 'TRUNKS', 'PLACED', 'FUNCTIONS', 'TIMED', 'attention_of', 'small_network', 'whole_network',
-           'subject', 'cell', 'keys', 'alone', 'Magnitude', 'with_function', 'seconds', 'share', 'computed', 'complete',
-           'packages', 'check_runtimes', 'fill', 'share_of_mechanism', 'share_of_function', 'fill_shares', 'fill_alone']
+           'subject', 'cell', 'keys', 'alone', 'Magnitude', 'with_function', 'seconds', 'share', 'share_of_mechanism',
+           'share_of_function', 'computed', 'complete', 'packages', 'check_runtimes', 'fill', 'fill_shares',
+           'fill_alone']
 
 # %% ../../nbs/deploy/index.ipynb #53a61788
 import json
@@ -149,6 +150,18 @@ def share(attended: nn.Module, runtime: str, pairs: int = 15) -> float:
         times = [[seconds(run, x) for run in runs] for _ in range(pairs)]
     return statistics.median(plain / attended for plain, attended in times)
 
+# %% ../../nbs/deploy/index.ipynb #c85f75dc
+def share_of_mechanism(key: str) -> float:
+    "The share of `se onnx`."
+    name, runtime = key.split()
+    return share(whole_network("resnet50", name), runtime)
+
+
+def share_of_function(key: str) -> float:
+    "The share of `sigmoid before_add onnx`."
+    name, position, runtime = key.split()
+    return share(with_function(name, position), runtime)
+
 # %% ../../nbs/deploy/index.ipynb #5a4dff74
 def computed(key: str) -> dict:
     "The cell of a key."
@@ -187,18 +200,6 @@ def fill(file: Path, wanted: list[str]) -> None:
     "The cells of these runtimes."
     check_runtimes(wanted)
     complete(file, "cells", (key for runtime in wanted for key in keys(runtime)), computed)
-
-
-def share_of_mechanism(key: str) -> float:
-    "The share of `se onnx`."
-    name, runtime = key.split()
-    return share(whole_network("resnet50", name), runtime)
-
-
-def share_of_function(key: str) -> float:
-    "The share of `sigmoid before_add onnx`."
-    name, position, runtime = key.split()
-    return share(with_function(name, position), runtime)
 
 
 def fill_shares(file: Path, wanted: list[str]) -> None:
