@@ -17,9 +17,11 @@ unexport PYTHONDONTWRITEBYTECODE
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
 
-# Chapters of kernels for a GPU run in processes of their own, where Triton interprets from its import on.
-CHAPTERS = $(BIN)/nbdev-test --n-workers $(CORES) --skip-file-glob 'gpu*.ipynb'
-KERNELS = TRITON_INTERPRET=1 $(BIN)/nbdev-test --n-workers $(CORES) --file-glob 'gpu*.ipynb'
+# Chapters of kernels for a GPU run in a process of their own, where Triton interprets from its import on, beside the
+# others. The recipe ends with both, and with an error if either had one.
+CHAPTERS = TRITON_INTERPRET=1 $(BIN)/nbdev-test --n-workers 1 --file-glob 'gpu*.ipynb' & kernels=$$!; \
+	$(BIN)/nbdev-test --n-workers $(CORES) --skip-file-glob 'gpu*.ipynb' $(1); others=$$?; \
+	wait $$kernels && exit $$others
 
 .PHONY: help book test test-all lab clean pull push execute export readme links
 
@@ -49,14 +51,12 @@ book: $(STAMP)
 test test-all: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(PYTEST)
-	$(CHAPTERS)
-	$(KERNELS)
+	$(call CHAPTERS)
 	@echo "the tests and every cell of the chapters passed"
 
 test-all: $(STAMP)
 	$(PYTEST) -m "slow or not slow"
-	$(CHAPTERS) --flags slow
-	$(KERNELS)
+	$(call CHAPTERS,--flags slow)
 	tests/slurm/run.sh || test $$? -eq 77  # 77: SLURM is not installed
 	@echo "the tests, the long ones too, and every cell of the chapters passed"
 

@@ -235,14 +235,6 @@ def test_compiles_whole(name):
     assert len(graphs) <= 2, "one recompilation makes the sizes dynamic; more means a guard on a value"
 
 
-@MECHANISM
-def test_exports(name):
-    module, x = build(name).eval(), torch.randn(2, WIDTH, 15, 22)
-    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    many = torch.randn(5, WIDTH, 15, 22)
-    assert relative(program.module()(many), module(many)) < 1e-5
-
-
 # The quick tests have the same with free sizes, in test_deploy.
 @MECHANISM
 @pytest.mark.slow

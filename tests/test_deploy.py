@@ -1,9 +1,13 @@
 """Files for other runtimes: every mechanism is right there, or refused with a reason and without a file."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from scsa_book.attention import registry
@@ -27,6 +31,31 @@ def test_free_sizes_down_to_one(name, runtime, tmp_path):
     report = export(matrix.small_network(name), X, runtime, tmp_path / name, dynamic=True)
     assert set(report.errors) == {(2, 3, 14, 14), (1, 3, 8, 8), (1, 3, 1, 1)}
     assert report.error < 1e-4 and all(f.stat().st_size > 0 for f in report.files)
+
+
+REPORTING = """
+import os, sys
+folder = os.path.dirname(sys.argv[1])
+
+def made(event, values):  # the processes that report are forked, and inherit this
+    if event in ("urllib.Request", "socket.getaddrinfo"):
+        os.mkdir(os.path.join(folder, "reported"))
+        raise OSError("no request leaves a test")
+
+sys.addaudithook(made)
+import torch
+from scsa_book.deploy.export import export
+export(torch.nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8), "openvino", sys.argv[1])
+"""
+
+
+@needs("openvino")
+def test_a_conversion_is_reported_to_nobody(tmp_path):
+    "OpenVINO's converter would report the operators of the network."
+    left = {name: value for name, value in os.environ.items() if name != "CI"}  # where it reports nothing
+    command = [sys.executable, "-c", REPORTING, str(tmp_path / "network")]
+    subprocess.run(command, cwd=ROOT, env={**left, "HOME": str(tmp_path)}, check=True, capture_output=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"network.xml", "network.bin"}
 
 
 OFTEN = ("se", "sa", "cat", "scsa")  # with free sizes the quick tests have all
@@ -62,6 +91,41 @@ def test_right_or_refused(name, runtime, dynamic, tmp_path):
         assert name in set().union(*REFUSED[runtime][: 1 + dynamic]), problem
     else:
         assert report.error < 1e-4
+
+
+# ---- blocks of channels ----
+
+
+class Averaged(nn.Module):
+    "Means over channels, which no runtime takes in blocks."
+
+    def forward(self, x):
+        return x.mean(1, keepdim=True)
+
+
+def around(channels, hidden, after):
+    "A convolution, squeeze-and-excitation, and a layer after it."
+    attention = registry.create("se", channels, reduction=channels // hidden)
+    return nn.Sequential(nn.Conv2d(3, channels, 3), attention, after).eval().requires_grad_(False)
+
+
+@needs("onnx")
+@pytest.mark.parametrize(
+    ("channels", "hidden", "after", "dynamic", "resized"),
+    [
+        (64, 4, nn.ReLU(), False, 1),  # few hidden channels, which need no blocks
+        (64, 32, nn.Conv2d(64, 8, 1), False, 1),
+        (64, 4, nn.ReLU(), True, 0),  # free sizes: no known factor
+        (24, 4, nn.ReLU(), False, 0),  # channels that fill no blocks
+        (96, 24, nn.ReLU(), False, 0),  # hidden channels that fill none
+        (64, 4, Averaged(), False, 0),  # the product leaves the blocks anyway
+    ],
+)
+def test_gates_stay_in_blocks_where_they_can(channels, hidden, after, dynamic, resized, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    report = export(around(channels, hidden, after), X, "onnx", tmp_path / "n", dynamic=dynamic)
+    nodes = [node.op_type for node in onnx.load(report.files[0]).graph.node]
+    assert report.error < 1e-5 and nodes.count("Resize") == nodes.count("GlobalAveragePool") == resized
 
 
 # ---- what is refused before or after conversion ----

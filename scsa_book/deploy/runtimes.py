@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ONNX', 'EXECUTORCH', 'NCNN', 'RUNTIMES', 'Order', 'Runtime', 'absent', 'versions', 'write_onnx', 'load_onnx',
-           'run_onnx', 'write_openvino', 'load_openvino', 'run_openvino', 'shape_argument', 'other_sides', 'write_ncnn',
-           'run_ncnn', 'xnnpack_partitioner', 'write_executorch', 'run_executorch', 'write_litert', 'run_litert',
-           'write_coreml', 'run_coreml', 'run_isolated', 'run']
+           'run_onnx', 'import_openvino', 'write_openvino', 'load_openvino', 'run_openvino', 'shape_argument',
+           'other_sides', 'write_ncnn', 'run_ncnn', 'xnnpack_partitioner', 'write_executorch', 'run_executorch',
+           'write_litert', 'run_litert', 'write_coreml', 'run_coreml', 'run_isolated', 'run']
 
 # %% ../../nbs/deploy/runtimes.ipynb #2283173d
 import importlib.util
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +72,13 @@ def versions(modules: dict[str, str]) -> dict[str, str]:
 def write_onnx(order: Order, path: Path) -> None:
     import onnx
 
+    from scsa_book.deploy.blocked import keep_blocked
+
     names = {"input_names": ["x"], "output_names": ["y"]}
     how = {"dynamo": True, "verbose": False, "dynamic_shapes": order.free()}
     program = torch.onnx.export(order.network, (order.example,), **names, **how)
+    if not (order.dynamic or order.half):
+        keep_blocked(program.model)
     model = program.model_proto
     if order.half:
         from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -97,9 +102,16 @@ def run_onnx(path: Path, inputs: list[Tensor]) -> list[Tensor]:
     return list(map(load_onnx(path), inputs))
 
 # %% ../../nbs/deploy/runtimes.ipynb #e966214d
-def write_openvino(order: Order, path: Path) -> None:
+def import_openvino() -> ModuleType:
+    "OpenVINO, which reports nothing."
+    sys.modules.setdefault("openvino_telemetry", None)
     import openvino
 
+    return openvino
+
+
+def write_openvino(order: Order, path: Path) -> None:
+    openvino = import_openvino()
     model = openvino.convert_model(order.network, example_input=order.example)
     batch, channels, *sides = order.example.shape
     model.reshape([-1, channels, -1, -1] if order.dynamic else [batch, channels, *sides])
@@ -107,8 +119,7 @@ def write_openvino(order: Order, path: Path) -> None:
 
 
 def load_openvino(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
-    import openvino
-
+    openvino = import_openvino()
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}  # 0: all
     compiled = openvino.Core().compile_model(path, "CPU", hints)
     return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODES', 'MODE', 'ORDINARY', 'GPU', 'KERNELS', 'REASONS', 'FLOATING', 'LIBRARIES', 'ordinary', 'tensors_of',
-           'without_kernels', 'load_kernels', 'recorded', 'Form', 'chosen', 'library_operator', 'with_gradient',
-           'operator']
+           'without_kernels', 'load_kernels', 'recorded', 'exported', 'Form', 'chosen', 'library_operator',
+           'with_gradient', 'operator']
 
 # %% ../../nbs/operators/choice.ipynb #7864edf5
 import functools
@@ -75,6 +75,11 @@ def load_kernels() -> None:
 def recorded() -> bool:
     "Whether a compiler, an exporter or a tracer writes down what runs."
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def exported() -> bool:
+    "Whether what is written down runs elsewhere, and not in PyTorch."
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 FLOATING = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})

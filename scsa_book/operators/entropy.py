@@ -20,14 +20,14 @@ from .pooling import check_map
 @operator
 def entropy(
     x: Tensor,
-    dim: int,  # the axis that becomes a distribution; it keeps length one
-) -> Tensor:  # nats, between 0 and the logarithm of the axis' length
-    "Entropy of the softmax over `dim`; half precision is summed in single."
+    axes: tuple[int, ...],  # side by side; they become one distribution and keep length one
+) -> Tensor:  # nats, between 0 and the logarithm of the axes' product
+    "Entropy of the softmax over `axes`; half precision is summed in single."
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    u = wide - wide.amax(dim, keepdim=True)
+    u = wide - wide.amax(axes, keepdim=True)
     e = u.exp()
-    total = e.sum(dim, keepdim=True)
-    return (total.log() - (u * e).sum(dim, keepdim=True) / total).to(x.dtype)
+    total = e.sum(axes, keepdim=True)
+    return (total.log() - (u * e).sum(axes, keepdim=True) / total).to(x.dtype)
 
 # %% ../../nbs/operators/entropy.ipynb #232fac3b
 @operator
@@ -58,13 +58,14 @@ def entropy_of_logs_gradient_cpu(g: Tensor, log_p: Tensor) -> Tensor:
 
 # %% ../../nbs/operators/entropy.ipynb #fd8a0d40
 @entropy.composed_on("cpu")
-def entropy_cpu(x: Tensor, dim: int) -> Tensor:
-    last = is_channels_last(x)
-    u = x.movedim(1, -1) if last else x
-    axis = [0, x.ndim - 1, *range(1, x.ndim - 1)][dim] if last else dim  # where u has it
+def entropy_cpu(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    dim, u = axes[0], x.flatten(axes[0], axes[-1])
+    last = is_channels_last(u)
+    axis = [0, u.ndim - 1, *range(1, u.ndim - 1)][dim] if last else dim  # with the channels at the end
+    u = u.movedim(1, -1) if last else u
     log_p = u.log_softmax(axis, dtype=torch.promote_types(x.dtype, torch.float32))
     h = entropy_of_logs(log_p, axis).to(x.dtype)
-    return h.movedim(-1, 1) if last else h
+    return (h.movedim(-1, 1) if last else h).unflatten(dim, [1] * len(axes))
 
 # %% ../../nbs/operators/entropy.ipynb #707b09fe
 def global_entropy(
@@ -72,7 +73,7 @@ def global_entropy(
 ) -> Tensor:  # (B, C, 1, 1), nats, between 0 and log(H W)
     "Entropy of every channel's softmax over its positions. Source: CAT, 2022."
     check_map(x)
-    return entropy(x.flatten(2), -1)[..., None]
+    return entropy(x, (2, 3))
 
 
 def channel_entropy(
@@ -80,4 +81,4 @@ def channel_entropy(
 ) -> Tensor:  # (B, 1, H, W), nats, between 0 and log(C)
     "Entropy of every position's softmax over its channels. Source: CAT, 2022."
     check_map(x)
-    return entropy(x, 1)
+    return entropy(x, (1,))
