@@ -632,11 +632,14 @@ def modules(
 def gpu(
     device: Annotated[str, typer.Option(help="cuda; or cpu, small, to see that it works.")] = "cuda",
     seconds: Annotated[float, typer.Option(help="No further compilation begins after that.")] = 330.0,
+    against: Annotated[
+        Path | None, typer.Option(help="Another checkout, whose run is measured in turns with ours.")
+    ] = None,
 ) -> None:
     "Everything that the book claims about a GPU, in six minutes."
     from scsa_book.evidence.gpu import gpu_command
 
-    gpu_command(device, seconds)
+    gpu_command(device, seconds, against)
 
 
 @bench.command()
@@ -707,6 +710,7 @@ def networks(
     dtype: Dtype = "float32",
     layout: Layout = "channels_first",
     compiled: Compiled = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Compiled, through CUDA graphs.")] = False,
     batch: Annotated[int, typer.Option(help="Images at a time.")] = 8,
     size: Annotated[int, typer.Option(help="Side of an image.")] = 224,
     budget: Annotated[float, typer.Option(help="Seconds of rounds.")] = 60.0,
@@ -715,7 +719,7 @@ def networks(
     from scsa_book.evidence import speed
 
     how = {"device": device, "dtype": dtype, "layout": layout, "compiled": compiled}
-    how |= {"network": network, "batch": batch, "size": size}
+    how |= {"network": network, "batch": batch, "size": size, "graphs": graphs}
     speed.networks_command(names or ["scsa"], budget, **how)
 
 # %% ../nbs/reference/command-line.ipynb #8cc3ce36

@@ -1,6 +1,7 @@
 """Kernels of a GPU on a machine without one: interpreted, built ahead of time, and without Triton."""
 
 import os
+import shutil
 import subprocess
 import sys
 from datetime import timedelta
@@ -8,9 +9,10 @@ from datetime import timedelta
 import pytest
 import torch
 from conftest import ROOT
-from test_attention import MECHANISM, WIDTH, build
+from test_attention import MECHANISM
 from torch import nn
 
+from scsa_book.evidence import gpu, speed
 from scsa_book.networks.compilation import compile_blocks, repeated_blocks, uncompile
 
 TESTS = ROOT / "tests"
@@ -117,21 +119,9 @@ def test_a_cpu_without_a_gpu_imports_no_triton():
 # ---- compiled
 
 
-def step(module, x):
-    x = x.detach().clone().requires_grad_()
-    y = module(x)
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
-    return y.detach(), *torch.autograd.grad((y * weight).sum(), wanted, allow_unused=True)
-
-
 def compare_compiled(name):
-    torch.compiler.reset()
-    module, x = build(name), torch.randn(4, WIDTH, 15, 22)
-    expected = step(module, x)
-    module.compile(fullgraph=True)
-    for found, exact in zip(step(module, x), expected, strict=True):
-        assert exact is None or (found - exact).abs().max() <= 2e-3 * exact.abs().max()
+    row = gpu.compiled_gradients(name, "cpu")
+    assert max(row.output, row.to_map, row.to_parameters) <= gpu.AGREE
 
 
 @pytest.mark.parametrize("name", ["cbam", "sge"])
@@ -184,7 +174,6 @@ def test_a_network_without_repeated_blocks_is_compiled_as_a_whole():
 
 
 def test_what_is_older_than_the_kernels_says_so():
-    gpu = pytest.importorskip("scsa_book.evidence.gpu")
     before, after = gpu.KERNELS_SINCE - timedelta(days=1), gpu.KERNELS_SINCE + timedelta(days=1)
     assert "Not measured since the kernels" in gpu.remark("cuda", before)
     assert gpu.remark("cuda", after) == gpu.remark("cpu", before) == ""
@@ -192,16 +181,115 @@ def test_what_is_older_than_the_kernels_says_so():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_command_says_what_can_be_done():
-    gpu = pytest.importorskip("scsa_book.evidence.gpu")
     with pytest.raises(ValueError, match="PyTorch sees no GPU here; device='cpu' tries the command"):
         gpu.bench_gpu("cuda")
 
 
 @pytest.mark.slow
 def test_the_command_measures_every_line_and_stores_it(tmp_path):
-    gpu = pytest.importorskip("scsa_book.evidence.gpu")
     said = []
     written = gpu.bench_gpu("cpu", 0, tmp_path, said.append)
-    assert len(written) == 5 and all(path.stat().st_size > 500 for path in written)
-    for words in ("forward with scsa", "training step with cat", "waiting", "eager, 2", "compiled, 0"):
+    assert len(written) == 6 and all(path.stat().st_size > 500 for path in written)
+    words_of_parts = ("forward with scsa", "training step with cat", "waiting", "eager, 2", "gradients of 1")
+    for words in (*words_of_parts, "compiled, 0"):
         assert any(words in line for line in said), words
+
+
+def test_another_checkout_runs_in_turns_with_ours(monkeypatch, tmp_path):
+    calls = []
+    (tmp_path / "scsa_book" / "training").mkdir(parents=True)
+    (tmp_path / "scsa_book" / "training" / "run.py").touch()
+
+    def run_in(folder, *given):
+        calls.append(folder)
+        if folder == tmp_path:
+            return {"images_per_second": 100.0, "waiting": 0.5}
+        return {"images_per_second": 500.0 * len(calls), "waiting": 0.1}
+
+    monkeypatch.setattr(gpu, "run_in", run_in)
+    row = gpu.bench_run("cpu", gpu.SCALES["small"], tmp_path)
+    assert calls == [ROOT, tmp_path] * 2
+    assert row.images_per_second == (500 + 1500) / 2 and row.waiting == 0.1
+    assert row.against.images_per_second == 100 and row.against.waiting == 0.5
+    assert (row.against.ratio.low, row.against.ratio.high) == pytest.approx((5, 15))
+    assert any("times those of None (at least 10)" in line for line in gpu.lines(row))
+
+
+def test_a_folder_without_the_library_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(ValueError, match="no checkout of the book .*run.py is missing"):
+        gpu.bench_gpu("cpu", 0, tmp_path, lambda line: pytest.fail(line), against=tmp_path / "nothing")
+
+
+def test_a_run_that_fails_in_another_checkout_is_said(tmp_path):
+    (tmp_path / "scsa_book").mkdir()
+    (tmp_path / "scsa_book" / "__init__.py").write_text("raise RuntimeError('too old')")
+    with pytest.raises(ValueError, match=f"failed in {tmp_path} .*too old"):
+        gpu.run_in(tmp_path, "cpu", 64, 1, 32)
+
+
+@pytest.mark.slow
+def test_a_run_is_executed_by_the_library_of_its_checkout(tmp_path):
+    shutil.copytree(ROOT / "scsa_book", tmp_path / "scsa_book")
+    source = tmp_path / "scsa_book" / "training" / "history.py"
+    source.write_text(source.read_text() + "\nraise RuntimeError('the copy was imported')\n")
+    with pytest.raises(ValueError, match="the copy was imported"):
+        gpu.run_in(tmp_path, "cpu", 64, 1, 32)
+    found = gpu.run_in(ROOT, "cpu", 64, 1, 32)
+    assert found["images_per_second"] > 0 and 0 <= found["waiting"] < 1
+
+
+# ---- gradients of what is compiled
+
+
+def test_gradients_that_differ_are_named_and_right_ones_leave_the_list():
+    row = lambda name, d: gpu.GradientRow(name=name, output=0, to_map=d, to_parameters=1e-7)  # noqa: E731
+    rows = [row("cbam", 1e-6), row("sge", 0.37), row("se", 1e-6)]
+    how = speed.measured_on(torch.device("cpu"))
+    first, second = gpu.lines(gpu.GradientsResult(shape=gpu.ODD, rows=rows, **how))
+    assert first.endswith("gradients of 3 mechanisms, wrong (more than 0.002): sge by 3.7e-01")
+    assert second == "right again, so they can leave MISCOMPILED for this PyTorch: cbam"
+
+
+def test_a_wrong_gradient_is_measured(monkeypatch):
+    "A compiler that returns the right output with a wrong gradient to the map."
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 1.5
+
+    def compile_wrong(module, fullgraph):
+        module.register_forward_pre_hook(lambda m, args: (Wrong.apply(args[0]),))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_wrong)
+    row = gpu.compiled_gradients("sge", "cpu")
+    assert row.output == 0 and row.to_parameters == 0 and row.to_map == pytest.approx(0.5)
+
+
+def test_what_is_not_finite_differs_infinitely():
+    assert gpu.largest_difference(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+
+
+# ---- CUDA graphs
+
+
+@pytest.mark.parametrize("how", [{"device": "cpu", "compiled": True}, {"device": "cuda"}], ids=str)
+def test_cuda_graphs_need_a_gpu_and_a_compiler(how):
+    setting = speed.NetworkSetting(**how, graphs=True)
+    with pytest.raises(ValueError, match="graphs=True needs device='cuda' and compiled=True"):
+        speed.in_use(torch.nn.Identity(), setting, torch.ones(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(("graphs", "options"), [(True, {"mode": "reduce-overhead"}), (False, {})])
+def test_the_options_of_cuda_graphs_reach_the_compiler(graphs, options, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda network, **how: given.append(how) or network)
+    setting = speed.NetworkSetting(device="cuda", compiled=True, graphs=graphs)
+    x = torch.ones(1, 3, 8, 8)
+    assert torch.equal(speed.in_use(torch.nn.Identity(), setting, x)(), x)
+    assert given == [options]
+    assert speed.network_path(setting).name.endswith("compiled-graphs.json") == graphs

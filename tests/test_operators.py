@@ -91,6 +91,8 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
         ),
         "entropy": (entropy.entropy, (x, (1,))),
         "entropy_over_positions": (entropy.entropy, (x, (2, 3))),
+        "entropy_of_logs": (entropy.entropy_of_logs, (x.log_softmax(1), 1)),
+        "entropy_of_logs_gradient": (entropy.entropy_of_logs_gradient, (g[:, :1], x.log_softmax(1))),
         "pattern_sums": (frequency.pattern_sums, (x, torch.randn(4, H, W, dtype=dtype))),
         "convolve_strips": (convolution.convolve_strips, (rows, columns, taps, biases)),
         "mixture_and_mean": (convolution.mixture_and_mean, (x, x.mean(2), kernel, bias, shares)),
@@ -110,8 +112,9 @@ CASES = (
     "gate_in_turn", "gate_in_turn_gradient", "gate_sum", "gated_window_means", "gated_window_gradient",
     "gate_by_windows", "group_norm",
     "gated_extremes", "gated_extremes_gradient", "mean_and_maximum", "gate_and_shuffle",
-    "gate_and_shuffle_odd", "similarity_gates", "entropy", "entropy_over_positions",
-    "pattern_sums", "convolve_strips", "mixture_and_mean", "channel_attention",
+    "gate_and_shuffle_odd", "similarity_gates", "entropy", "entropy_over_positions", "entropy_of_logs",
+    "entropy_of_logs_gradient", "pattern_sums", "convolve_strips",
+    "mixture_and_mean", "channel_attention",
 )  # fmt: skip
 WRITTEN = ("gate_sum_gradient", "descriptors")  # without a form for a CPU
 CASE = pytest.mark.parametrize("case", CASES)
@@ -193,6 +196,20 @@ def test_gradients_are_those_of_what_is_written(case, layout, threads):
 LISTS = {"convolve_strips", "channel_attention"}  # which gradcheck does not look into
 DIFFERENTIABLE = [c for c in CASES if example(c)[0].forms["cpu"].differentiable and c not in LISTS]
 DIFFERENTIABLE.remove("mixture_and_mean")  # whose second argument follows from its first
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (3,), (2, 3), (1, 2, 3)])
+def test_an_entropy_is_along_its_axes_in_every_layout(layout, axes):
+    x = torch.randn(3, 5, 4, 6, dtype=torch.float64).contiguous(memory_format=LAYOUTS[layout])
+    found, exact = x.clone().requires_grad_(), x.clone().requires_grad_()
+    h, expected = entropy.entropy(found, axes), entropy.entropy.written(exact, axes)
+    weight = torch.randn_like(expected)
+    (h * weight).sum().backward()
+    (expected * weight).sum().backward()
+    close((h, found.grad), (expected, exact.grad), 1e-12)
+    assert found.grad.stride() == x.stride()
+
 
 
 @pytest.mark.parametrize("case", DIFFERENTIABLE)

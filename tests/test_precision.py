@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scsa_book.attention import registry
+from scsa_book.attention import cat, registry
 
 SETTINGS = [(128, 1, (14, 14)), (128, 10, (9, 13)), (256, 50, (7, 7)), (128, 50, (14, 14))]
 
@@ -48,3 +48,12 @@ def test_attention_of_positions_stands_large_activations(name):
     maps = module.attention_maps(x)
     with torch.autocast("cpu", torch.float16):
         assert all(torch.allclose(m, maps[k], atol=1e-5) for k, m in module.attention_maps(x).items())
+
+
+@pytest.mark.parametrize("fusion", cat.FUSIONS)
+def test_cat_keeps_the_type_of_its_map_under_autocast(fusion):
+    module, x = registry.create("cat", 32, fusion=fusion), torch.randn(2, 32, 9, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, maps = module(x), module.attention_maps(x)
+    assert {t.dtype for t in (y, *maps.values())} == {torch.bfloat16}
+    assert module(x.float()).dtype == torch.float32

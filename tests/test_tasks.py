@@ -162,7 +162,7 @@ def birds(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_that_goes_away_in_mid_epoch_is_said_and_the_run_goes_on(workers, birds, where, monkeypatch):
     config = configure("sample", **SHORT_RUN, dataset="folder:birds", network="resnet8")
-    here = where.model_copy(update={"data_root": birds, "workers": workers})
+    here = where.model_copy(update={"data_root": birds, "workers": workers, "image_cache": False})
     kind, away = run.task_class("classify"), birds.with_name("away")
     step = kind.training_step
 

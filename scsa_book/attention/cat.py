@@ -330,7 +330,8 @@ class Collaboration(Attention):
         "Both gates, times their exterior weights."
         z, p = described(self, x)
         logits = self.channel.logits(z), self.spatial.logits(p)
-        return combine_gates(*logits, self.exterior.weights(), self.fusion)
+        maps = combine_gates(*logits, self.exterior.weights(), self.fusion)
+        return {name: s.to(x.dtype) for name, s in maps.items()}  # weights are wider under autocast
 
     def attend(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "The scaled map, and the gates."
@@ -340,7 +341,7 @@ class Collaboration(Attention):
             return gate_sum(x, maps["channel"], maps["spatial"]), maps
         maps = {}
         for name in self.fusion.split("-"):
-            maps[name] = getattr(self, name)(x).sigmoid()
+            maps[name] = getattr(self, name)(x).sigmoid().to(x.dtype)
             x = x * maps[name]
         return x, maps
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DAMAGED', 'AWAY', 'SIXTEEN', 'BITS', 'PHOTOMETRIC', 'RANGE', 'ORIENTATION', 'TURNED', 'IMAGE_SUFFIXES', 'LAYOUT',
            'FOREIGN', 'IMAGENET', 'FACTS', 'BatchIndices', 'seeded', 'TensorImages', 'CropAndFlip', 'open_image',
-           'from_sixteen', 'as_rgb', 'orientation', 'shown_size', 'read_image', 'FolderImages', 'ours', 'below',
-           'class_folders', 'files_of_classes', 'list_images', 'ImageDataset', 'fingerprint_of_tensors',
+           'from_sixteen', 'as_rgb', 'orientation', 'shown_size', 'read_image', 'ReadImage', 'FolderImages', 'ours',
+           'below', 'class_folders', 'files_of_classes', 'list_images', 'ImageDataset', 'fingerprint_of_tensors',
            'fingerprint_of_files', 'Facts', 'folder_name', 'facts', 'fashion_mnist', 'check_cifar100',
            'download_cifar100', 'as_tensors', 'cifar100', 'ImageOptions', 'crops', 'image_folder', 'subset',
            'check_options', 'load_dataset']
@@ -184,6 +184,25 @@ def read_image(path: Path):
         return as_rgb(file, path)
 
 # %% ../../nbs/training/data.ipynb #c9e643e0
+@dataclass(frozen=True)
+class ReadImage:
+    "Reads an image file as RGB, its shorter side at most `shortest` pixels; None: any length."
+
+    shortest: int | None = None
+
+    def __call__(self, path: Path):
+        image = read_image(path)
+        larger = self.shortest and min(image.size) > self.shortest
+        return v2.functional.resize(image, self.shortest) if larger else image
+
+    def size(self, path: Path) -> tuple[int, int]:
+        "Height and width of what is read, mostly from the head of the file alone."
+        height, width = shown_size(path)
+        short = min(height, width)
+        to = min(self.shortest or short, short)
+        return to * height // short, to * width // short
+
+# %% ../../nbs/training/data.ipynb #976f0ccc
 class FolderImages(Dataset):
     "Images on disk, decoded and augmented when loaded."
 
@@ -192,8 +211,9 @@ class FolderImages(Dataset):
         paths: list[Path],
         labels: Tensor,
         transform: Callable,  # PIL image -> uint8 (3, H, W)
+        read: Callable = ReadImage(),  # path -> PIL image
     ):
-        self.paths, self.labels, self.transform = paths, labels, transform
+        self.paths, self.labels, self.transform, self.read = paths, labels, transform, read
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -205,7 +225,7 @@ class FolderImages(Dataset):
 
     def image(self, path: Path) -> Tensor:
         "The transformed image of a file; DataError if it cannot be transformed."
-        image = read_image(path)
+        image = self.read(path)
         try:
             return self.transform(image)
         except Exception as error:  # too thin, or too large after resizing
@@ -407,6 +427,7 @@ class ImageOptions(Options):
 
     size: Whole = Field(224, ge=8)  # height and width of an image, in pixels
     min_scale: Number = Field(0.08, gt=0, le=1)  # least area of a training crop, as a share
+    shortest: Whole | None = Field(None, ge=8)  # of the sides, after scaling down; None: as stored
 
 
 def crops(size: int = 224, min_scale: float = 0.08) -> tuple[Callable, Callable]:
@@ -425,9 +446,11 @@ def image_folder(name: str, root: Path | str | None = None, **options) -> ImageD
     folder = location / name.removeprefix("folder:")
     files, notes = files_of_classes(folder)
     train, test = (list_images(files[split]) for split in ("train", "val"))
-    for_train, for_test = crops(**ImageOptions(**options).model_dump())
+    asked = ImageOptions(**options)
+    for_train, for_test = crops(asked.size, asked.min_scale)
+    read = ReadImage(asked.shortest)
     return ImageDataset(
-        name, FolderImages(*train, for_train), FolderImages(*test, for_test),
+        name, FolderImages(*train, for_train, read), FolderImages(*test, for_test, read),
         tuple(files["train"]), known.mean, known.std,
         fingerprint_of_files(folder, train[0] + test[0]), tuple(notes),
     )  # fmt: skip
@@ -441,7 +464,7 @@ def subset(dataset: Dataset, n: int | None) -> Dataset:
     if isinstance(dataset, TensorImages):
         return TensorImages(dataset.images[chosen], dataset.labels[chosen], dataset.augment)
     paths = [dataset.paths[i] for i in chosen.tolist()]
-    return FolderImages(paths, dataset.labels[chosen], dataset.transform)
+    return FolderImages(paths, dataset.labels[chosen], dataset.transform, dataset.read)
 
 # %% ../../nbs/training/data.ipynb #51c0db39
 def check_options(name: str, options: Mapping) -> None:

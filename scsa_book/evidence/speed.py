@@ -10,8 +10,8 @@ __all__ = ['READS', 'Run', 'LEAST', 'MOST', 'SHORT', 'SETTINGS', 'Peer', 'SHAPE'
            'like_input', 'bench_module', 'bench_modules', 'measured_on', 'modules_result', 'result_path', 'readable',
            'module_results', 'in_words', 'command', 'NetworkSetting', 'NetworkRow', 'layers_of', 'is_mechanism',
            'PeerModule', 'bytes_moved', 'runs_of_the_machine', 'MachinePeak', 'machine_peak', 'NetworksResult',
-           'with_peers', 'network_forms', 'in_use', 'warm_up', 'bench_networks', 'network_row', 'network_result',
-           'network_path', 'network_results', 'network_words', 'networks_command']
+           'with_peers', 'network_forms', 'compile_options', 'in_use', 'warm_up', 'bench_networks', 'network_row',
+           'network_result', 'network_path', 'network_results', 'network_words', 'networks_command']
 
 # %% ../../nbs/evidence/speed.ipynb #d1183348
 # Necessary reads of the map, where they are not two: one for the gate, one for the product.
@@ -479,10 +479,11 @@ class NetworkSetting(Setting):
     network: str = "resnet50"
     batch: int = 8
     size: int = 224  # height and width of an image
+    graphs: bool = False  # a compiled network, whose kernels start as one CUDA graph
 
     @property
     def name_parts(self) -> list[str]:
-        return [self.network, *super().name_parts]
+        return [self.network, *super().name_parts] + ["graphs"] * self.graphs
 
 
 class NetworkRow(BaseModel):
@@ -615,11 +616,21 @@ def network_forms(
     return forms
 
 # %% ../../nbs/evidence/speed.ipynb #2e554cd1
+def compile_options(setting: NetworkSetting) -> dict:
+    "Arguments of `torch.compile`; ValueError for CUDA graphs without a GPU or a compiler."
+    if setting.graphs and not (setting.compiled and setting.device == "cuda"):
+        raise ValueError(
+            f"graphs=True needs device='cuda' and compiled=True, and not {setting.device!r} and "
+            f"{setting.compiled}: a CUDA graph is recorded from compiled kernels on a GPU"
+        )
+    return {"mode": "reduce-overhead"} if setting.graphs else {}
+
+
 def in_use(network: nn.Module, setting: NetworkSetting, x: Tensor) -> Run:
     "The forward pass in inference."
-    network = like_input(network, x).eval()
+    network, options = like_input(network, x).eval(), compile_options(setting)
     if setting.compiled:
-        network = torch.compile(network)
+        network = torch.compile(network, **options)
     return torch.no_grad()(lambda: network(x))
 
 

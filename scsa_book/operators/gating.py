@@ -181,6 +181,7 @@ def gate_sum_gradient(
 @gate_sum.on("cpu", gradient=gate_sum_gradient)
 def gate_sum_cpu(x: Tensor, s_c: Tensor, s_p: Tensor) -> Tensor:
     y = torch.empty_like(x)
-    for part, gate, to, position in image_pieces((x, s_c, y), (s_p,)):
-        torch.mul(part, gate, out=to).addcmul_(part, position)
+    several = pieces(x, s_c, y, s_p, numbers=OF_SEVERAL) if is_channels_last(x) else None
+    for part, gate, to, position in several or image_pieces((x, s_c, y), (s_p,)):
+        torch.add(gate, position, out=to).mul_(part)
     return y

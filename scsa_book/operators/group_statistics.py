@@ -26,7 +26,7 @@ def similarity(
 ) -> Tensor:  # (B, G, H, W), with mean 0 over the positions
     "Inner product of the vector at every position with the mean vector of its group, centred."
     z = x.mean((-2, -1))
-    p = (z[:, :, None] @ x.flatten(3))[:, :, 0].unflatten(2, x.shape[-2:])
+    p = (z[:, :, None] @ x.flatten(3)).squeeze(2).unflatten(2, x.shape[-2:])
     return p - p.mean((-2, -1), keepdim=True)
 
 # %% ../../nbs/operators/group-statistics.ipynb #4733a08f

@@ -120,6 +120,7 @@ class Execution(BaseModel):
     data_root: Path | None = None  # None: SCSA_BOOK_DATA
     results_dir: Path | None = None  # None: nbs/results of the book
     cache_dir: Path | None = None  # None: .cache/runs of the book
+    image_cache: StrictBool | None = None  # of decoded images of a folder; None: if it is small enough
     again: StrictBool = False  # start from the beginning, ignoring earlier checkpoints
 
 # %% ../../nbs/training/config.ipynb #8c3c1033

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'Epoch', 'Data', 'Machine', 'Code', 'RunResult', 'versions', 'git', 'code_state', 'device_name',
-           'DiskError', 'free_bytes', 'disk_error', 'write_atomic', 'require_space', 'result_path', 'run_folder',
-           'load_result', 'finished', 'all_results']
+           'DiskError', 'free_bytes', 'disk_error', 'atomic_file', 'write_atomic', 'require_space', 'result_path',
+           'run_folder', 'load_result', 'finished', 'all_results']
 
 # %% ../../nbs/training/result.ipynb #383dcf92
+import contextlib
 import os
 import shutil
 import subprocess
@@ -148,20 +149,29 @@ def disk_error(path: Path, needed: int, error: OSError | str, parameter: str = "
     return DiskError(f"cannot write {path} ({why}): {space}{remedy}")
 
 # %% ../../nbs/training/result.ipynb #7b802c45
-def write_atomic(path: Path, text: str | bytes) -> Path:
-    "Write a file, completely or not at all; DiskError gives the reason of a failure."
-    content = text.encode() if isinstance(text, str) else text
+@contextlib.contextmanager
+def atomic_file(path: Path, needed: int):
+    "A file to write into, completely or not at all; DiskError gives the reason of a failure."
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise disk_error(path, len(content), error) from error
+        raise disk_error(path, needed, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # it was renamed, or could not be created
+            draft.unlink()
+
+
+def write_atomic(path: Path, text: str | bytes) -> Path:
+    "Write a file, completely or not at all; DiskError gives the reason of a failure."
+    content = text.encode() if isinstance(text, str) else text
+    with atomic_file(path, len(content)) as file:
+        file.write(content)
     return path
 
 # %% ../../nbs/training/result.ipynb #99ab1e98

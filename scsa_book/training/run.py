@@ -35,6 +35,7 @@ from scsa_book.training.checkpoints import (
     checkpoint_bytes, forget, keep_last, keep_newest, newest_checkpoint, run_lock,
 )  # fmt: skip
 from .config import Execution, RunConfig
+from .decoded import with_cache
 from .devices import check_devices, device_kind, launch, processes, started_outside
 from .history import History
 from scsa_book.training.result import (
@@ -212,7 +213,7 @@ def train(
     network = synchronised(network, execution)
     task = task_class(config.task)(config, network, images, steps)
     order = (config.batch_size, config.seed, execution.workers, config.epoch_steps)
-    data = ImageModule(images, *order)
+    data = ImageModule(with_cache(images, config, execution), *order)
     history = History(config)
     with guarded(config, folder, needed, history):
         if execution.again:
