@@ -20,14 +20,14 @@ from .pooling import check_map
 @operator
 def entropy(
     x: Tensor,
-    axes: tuple[int, ...],  # side by side; they become one distribution and keep length one
+    dim: int | tuple[int, ...],  # an axis, or axes side by side: one distribution; they keep length one
 ) -> Tensor:  # nats, between 0 and the logarithm of the axes' product
-    "Entropy of the softmax over `axes`; half precision is summed in single."
+    "Entropy of the softmax over `dim`; half precision is summed in single."
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    u = wide - wide.amax(axes, keepdim=True)
+    u = wide - wide.amax(dim, keepdim=True)
     e = u.exp()
-    total = e.sum(axes, keepdim=True)
-    return (total.log() - (u * e).sum(axes, keepdim=True) / total).to(x.dtype)
+    total = e.sum(dim, keepdim=True)
+    return (total.log() - (u * e).sum(dim, keepdim=True) / total).to(x.dtype)
 
 # %% ../../nbs/operators/entropy.ipynb #232fac3b
 @operator
@@ -58,7 +58,8 @@ def entropy_of_logs_gradient_cpu(g: Tensor, log_p: Tensor) -> Tensor:
 
 # %% ../../nbs/operators/entropy.ipynb #fd8a0d40
 @entropy.composed_on("cpu")
-def entropy_cpu(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+def entropy_cpu(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    axes = [axis % x.ndim for axis in ([dim] if isinstance(dim, int) else dim)]
     dim, u = axes[0], x.flatten(axes[0], axes[-1])
     last = is_channels_last(u)
     axis = [0, u.ndim - 1, *range(1, u.ndim - 1)][dim] if last else dim  # with the channels at the end
@@ -81,4 +82,4 @@ def channel_entropy(
 ) -> Tensor:  # (B, 1, H, W), nats, between 0 and log(C)
     "Entropy of every position's softmax over its channels. Source: CAT, 2022."
     check_map(x)
-    return entropy(x, (1,))
+    return entropy(x, 1)
