@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_attention import NARROW
 
 from scsa_book.attention import cat, registry
 
@@ -48,6 +49,14 @@ def test_attention_of_positions_stands_large_activations(name):
     maps = module.attention_maps(x)
     with torch.autocast("cpu", torch.float16):
         assert all(torch.allclose(m, maps[k], atol=1e-5) for k, m in module.attention_maps(x).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", registry.names())
+def test_the_output_has_the_type_of_the_map_under_autocast(name, dtype):
+    module, x = registry.create(name, 32, **NARROW.get(name, {})), torch.randn(2, 32, 9, 8, dtype=dtype)
+    with torch.autocast("cpu", dtype):
+        assert module(x).dtype == module.eval()(x).dtype == dtype
 
 
 @pytest.mark.parametrize("fusion", cat.FUSIONS)

@@ -94,7 +94,7 @@ class ChannelAttention(Attention):
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "The output for given weights, such as those of `attention_maps(x)`."
         received = (maps["channel"] @ x.flatten(2)).unflatten(2, x.shape[2:])
-        return add_product(x, self.gamma, received)
+        return add_product(x, self.gamma, received).to(x.dtype)  # gamma is wider under autocast
 
 # %% ../../nbs/spatial/danet.ipynb #0d0235bc
 def conv_block(channels: int, out: int, **factory) -> nn.Sequential:
