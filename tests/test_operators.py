@@ -415,6 +415,14 @@ def graph_targets(graph):
     return [n.target for n in graph.nodes if n.op == "call_function"]
 
 
+def test_cat_runs_where_the_compiler_does_not_tell_an_exporter(monkeypatch):
+    "PyTorch 2.6, the oldest that is supported, has no `is_exporting`."
+    module, x = build("cat"), torch.randn(1, WIDTH, 9, 8)
+    expected = module(x)
+    monkeypatch.delattr(torch.compiler, "is_exporting")
+    assert torch.equal(module(x), expected)
+
+
 @MECHANISM
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_exported_program_holds_no_write_and_no_python(name, grad):

@@ -79,7 +79,8 @@ def recorded() -> bool:
 
 def exported() -> bool:
     "Whether what is written down runs elsewhere, and not in PyTorch."
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # from PyTorch 2.7
+    return exporting() or torch.jit.is_tracing()
 
 
 FLOATING = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
