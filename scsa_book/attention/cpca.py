@@ -89,9 +89,9 @@ class CPCA(Attention):
     def attend(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "The features, scaled by the channel weights, and all weights."
         f = self.features(x)
-        maps = {"channel": self.channel(f)}
-        v = f * maps["channel"]
-        return v, maps | {"spatial": self.project(self.spatial(v))}
+        channel = self.channel(f)
+        v = f * channel
+        return v, {"channel": channel, "spatial": self.project(self.spatial(v))}
 
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         "`channel` in (0, 2), (B, C, 1, 1); `spatial`, any number, (B, C, H, W)."
