@@ -14,6 +14,7 @@ from torch import nn
 
 from scsa_book.networks import authors
 from scsa_book.networks.authors_parts import dct_patterns, frequencies_of
+from scsa_book.networks.build import shapes_only
 from scsa_book.networks.placement import attentions
 from scsa_book.networks.trunks import Design, SelectiveConv, Trunk, mobile_trunk, reaches
 from scsa_book.networks.weights_file import WeightsError
@@ -119,7 +120,7 @@ def test_timm_gives_the_same_outputs(name):
 @pytest.mark.slow
 def test_timm_has_the_same_names_and_shapes():
     for name in timm_names():
-        with torch.device("meta"):
+        with shapes_only():
             theirs = as_timm(name).state_dict()
             ours = authors.to_authors(authors.build(name), name)
         assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}, name
@@ -267,7 +268,7 @@ def test_a_wrong_file_is_described_briefly_and_the_authors_names(tmp_path):
     "name", ["eca_resnet18", "timm_skresnet18", "scsa_resnet50", "danet_head", "fcanet34"]
 )
 def test_weights_of_a_stock_network_fit_none(name):
-    with torch.device("meta"):
+    with shapes_only():
         stock = Trunk(Design()).state_dict()
     with pytest.raises(authors.Misfit, match="missing"):
         authors.convert(stock, name)
@@ -276,7 +277,7 @@ def test_weights_of_a_stock_network_fit_none(name):
 
 
 def test_what_no_weight_shows_is_said_when_several_networks_fit():
-    with torch.device("meta"):
+    with shapes_only():
         state = authors.to_authors(authors.build("danet_resnet50"), "danet_resnet50")
     with pytest.raises(ValueError) as error:
         authors.guess(state)
@@ -287,7 +288,7 @@ def test_what_no_weight_shows_is_said_when_several_networks_fit():
 @pytest.mark.slow
 def test_every_network_is_guessed_from_its_own_weights():
     for name in authors.names():
-        with torch.device("meta"):
+        with shapes_only():
             state = authors.to_authors(authors.build(name), name)
         if name.startswith("fcanet") or name.endswith("_cifar"):
             continue  # patterns without values; two stems with the same names
@@ -300,7 +301,7 @@ def test_every_network_is_guessed_from_its_own_weights():
 @pytest.mark.slow
 def test_every_network_goes_to_its_authors_and_back():
     for name in authors.names():
-        with torch.device("meta"):
+        with shapes_only():
             network = authors.build(name)
             state = authors.to_authors(network, name)
             shapes = {k: v.shape for k, v in network.state_dict().items()}

@@ -9,7 +9,6 @@ from itertools import combinations
 import matplotlib.pyplot as plt
 import pytest
 import repository
-import torch
 from conftest import ROOT, cells_of
 from scipy import stats
 
@@ -19,6 +18,7 @@ from scsa_book.evidence.cost import parameters
 from scsa_book.evidence.power import smallest_difference
 from scsa_book.evidence.published import cells, tables
 from scsa_book.evidence.statistics import summarise
+from scsa_book.networks.build import shapes_only
 from scsa_book.training.config import ConfigError, configure
 from scsa_book.training.experiments import Experiment, experiment
 from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult
@@ -135,7 +135,7 @@ def test_every_row_of_a_table_is_a_run_of_its_experiment(source, number):
         if cell.metric == "params_M" and cell.task == "classification":
             config = rows[printed_row(cell)]
             facts = TASKS["classify"].facts(config.dataset)
-            with torch.device("meta"):
+            with shapes_only():
                 made = parameters(build_network(config, facts.classes))
             where = recount.cell_key(cell)
             first = 2 if where == "scsa/IV/imagenet1k/mobilenetv2/eca/params_M" else 0

@@ -22,7 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from scsa_book.attention import registry
 from scsa_book.attention.base import POSITIONS
 from scsa_book.networks.backbone import Stages
-from scsa_book.networks.build import build, network_names
+from scsa_book.networks.build import build, network_names, shapes_only
 from scsa_book.networks.placement import (
     attend,
     attend_modules,
@@ -37,7 +37,7 @@ from scsa_book.networks.small_mobile import mobilenetv2_small, shufflenetv2_smal
 
 
 def on_paper(make, *args, **options):
-    with torch.device("meta"):
+    with shapes_only():
         return make(*args, **options)
 
 
@@ -141,6 +141,20 @@ def test_counts_at_other_positions(make, name, options, expected):
 def test_sk_as_a_convolution_counts_what_timm_counts():
     ours = attend(on_paper(timm.create_model, "resnext50_32x4d"), "sk", position="instead_of_conv2")
     assert size(ours) == size(on_paper(timm.create_model, "skresnext50_32x4d"))
+
+
+def test_shapes_only_gives_the_network_of_the_meta_device_and_leaves_the_random_state():
+    with torch.device("meta"):
+        expected = attend(build("resnet50", 10, width=16), "cbam")
+    before = torch.get_rng_state()
+    with shapes_only():
+        network = attend(build("resnet50", 10, width=16), "cbam")
+        values = torch.zeros(3, device="cpu").fill_(2)
+    assert values.tolist() == [2, 2, 2], "tensors that have values are filled"
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {p.device.type for p in network.parameters()} == {"meta"}
+    shapes = [{k: (v.shape, v.dtype) for k, v in n.state_dict().items()} for n in (network, expected)]
+    assert shapes[0] == shapes[1]
 
 
 # ---- positions ----

@@ -17,7 +17,7 @@ from torchvision import models
 from scsa_book.attention import danet
 from scsa_book.evidence.cost import cost
 from scsa_book.networks.backbone import Stages, dilate
-from scsa_book.networks.build import build
+from scsa_book.networks.build import build, shapes_only
 from scsa_book.networks.danet_head import DANetHead
 from scsa_book.networks.placement import attend, attentions, load_stock, maps_of
 from scsa_book.networks.segmentation import (
@@ -34,7 +34,7 @@ NAMES = segmenter_names()
 
 
 def on_paper(make, *args, **options):
-    with torch.device("meta"):
+    with shapes_only():
         return make(*args, **options)
 
 

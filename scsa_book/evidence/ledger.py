@@ -123,6 +123,7 @@ def changes(
     return lines
 
 # %% ../../nbs/evidence/ledger.ipynb #90749479
+@cache
 def without_words(source: str) -> str:
     "Python code without its comments and docstrings."
     tree = ast.parse(source)

@@ -24,7 +24,7 @@ from .conventions import HOOKS, HOOKS_1D, HOOKS_OLD, THOP, TRACE
 from .cost import Convention, Cost, cost, parameters
 from .published import Cell
 from .implementations import AVERAGE, MAXIMUM, CountedImplementation, Implementation
-from ..networks.build import build
+from ..networks.build import build, shapes_only
 from ..networks.detection import build_detector, dense
 from ..networks.fpn import freeze
 from ..networks.placement import attend, attentions
@@ -264,7 +264,7 @@ def insert_form(network: nn.Module, form: Form) -> None:
 def network_of(cell: Cell) -> nn.Module:
     "The network behind a cell, with its attention, on the meta device; raises `NoRecipe`."
     form, tool = form_of(cell), tool_of(cell)
-    with torch.device("meta"):
+    with shapes_only():
         network = stock(cell)
         if form.attention:
             insert_form(network, form)

@@ -21,6 +21,7 @@ from ..attention.fca import pairs_of
 from ..attention.registry import unknown
 from .authors_parts import dct_patterns, frequencies_of
 from .authors_table import ROWS, Row, Rule
+from .build import shapes_only
 from .placement import attend, attend_modules, attentions
 from .weights_file import COUNTER, below, read_weights
 
@@ -376,7 +377,7 @@ def _skeleton(state: Mapping[str, Tensor], name: str, given: Mapping) -> tuple[n
     except ValueError as error:
         raise Misfit(name, [str(error)]) from None
     try:
-        with torch.device("meta"):
+        with shapes_only():
             return build(name, classes, **{**read, **given}), read, classes
     except ValueError as error:
         raise Misfit(name, [str(error)]) from None

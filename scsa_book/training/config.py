@@ -194,14 +194,14 @@ FITTING: set[str] = set()  # combinations that were built before: runs differ in
 
 def check_network(config: RunConfig) -> None:
     "ValueError of the network or the mechanism if the two do not fit."
-    import torch
+    from scsa_book.networks.build import shapes_only
     from scsa_book.training.tasks import TASKS, build_network
 
     chosen = config.model_dump_json(include=DECIDES_NETWORK)
     if chosen in FITTING:
         return
     try:
-        with torch.device("meta"):
+        with shapes_only():
             build_network(config, TASKS[config.task].facts(config.dataset).classes or 2)
     except (TypeError, RuntimeError, AssertionError, ArithmeticError, LookupError) as error:
         reason = " ".join(str(error).split())[:300]
