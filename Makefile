@@ -15,15 +15,7 @@ STAMP := .venv/installed-$(WANTED)
 # Byte code is kept, whatever the shell asks for: without it every process compiles all of PyTorch anew, for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-PYTEST = $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
-
-# Chapters of kernels for a GPU run in a process of their own, where Triton interprets from its import on, beside the
-# others. The recipe ends with both, and with an error if either had one.
-CHAPTERS = TRITON_INTERPRET=1 $(BIN)/nbdev-test --n-workers 1 --file-glob 'gpu*.ipynb' & kernels=$$!; \
-	$(BIN)/nbdev-test --n-workers $(CORES) --skip-file-glob 'gpu*.ipynb' $(1); others=$$?; \
-	wait $$kernels && exit $$others
-
-.PHONY: help book test test-all lab clean pull push execute export readme links
+.PHONY: help book test test-all check-tests check-chapters check-kernels lab clean pull push execute export readme links
 
 help:
 	@echo "make book               build the book, including the sample experiments"
@@ -46,19 +38,32 @@ $(STAMP):
 book: $(STAMP)
 	@$(SITE)/build.py
 
-# One thread a process and a process a core; figures do not depend on how many there are. A test file stays in one
-# process, so that what its tests share is made once; tests/conftest.py says which files come first.
+# Tests and chapters side by side: while one waits, another has its core. One thread a process; figures do not depend
+# on how many there are.
+CHECKS = $(MAKE) --no-print-directory --jobs 3 --keep-going check-tests check-chapters check-kernels
+SLOW :=
+
 test test-all: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(PYTEST)
-	$(call CHAPTERS)
+	@$(CHECKS)
 	@echo "the tests and every cell of the chapters passed"
 
 test-all: $(STAMP)
-	$(PYTEST) -m "slow or not slow"
-	$(call CHAPTERS,--flags slow)
+	@$(CHECKS) SLOW=yes
 	tests/slurm/run.sh || test $$? -eq 77  # 77: SLURM is not installed
 	@echo "the tests, the long ones too, and every cell of the chapters passed"
+
+# A test file stays in one process, so that what its tests share is made once; tests/conftest.py says which come first.
+check-tests:
+	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder $(if $(SLOW),-m "slow or not slow")
+
+check-chapters:
+	$(BIN)/nbdev-test --n-workers $(shell expr \( $(CORES) + 1 \) / 2) --skip-file-glob 'gpu*.ipynb' \
+		$(if $(SLOW),--flags slow)
+
+# Chapters of kernels for a GPU, in a process where Triton interprets from its import on.
+check-kernels:
+	TRITON_INTERPRET=1 $(BIN)/nbdev-test --n-workers 1 --file-glob 'gpu*.ipynb'
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab nbs

@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cache, partial
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
