@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DAMAGED', 'AWAY', 'SIXTEEN', 'BITS', 'PHOTOMETRIC', 'RANGE', 'ORIENTATION', 'TURNED', 'IMAGE_SUFFIXES', 'LAYOUT',
-           'FOREIGN', 'IMAGENET', 'FACTS', 'BatchIndices', 'seeded', 'TensorImages', 'CropAndFlip', 'open_image',
-           'from_sixteen', 'as_rgb', 'orientation', 'shown_size', 'read_image', 'ReadImage', 'FolderImages', 'ours',
-           'below', 'class_folders', 'files_of_classes', 'list_images', 'ImageDataset', 'fingerprint_of_tensors',
-           'fingerprint_of_files', 'Facts', 'folder_name', 'facts', 'fashion_mnist', 'check_cifar100',
-           'download_cifar100', 'as_tensors', 'cifar100', 'ImageOptions', 'crops', 'image_folder', 'subset',
-           'check_options', 'load_dataset']
+           'FOREIGN', 'IMAGENET', 'FACTS', 'BatchIndices', 'seeded', 'TensorImages', 'crops_at_once', 'crops_in_turn',
+           'CropAndFlip', 'open_image', 'from_sixteen', 'as_rgb', 'orientation', 'shown_size', 'read_image',
+           'ReadImage', 'FolderImages', 'ours', 'below', 'class_folders', 'files_of_classes', 'list_images',
+           'ImageDataset', 'fingerprint_of_tensors', 'fingerprint_of_files', 'Facts', 'folder_name', 'facts',
+           'fashion_mnist', 'check_cifar100', 'download_cifar100', 'as_tensors', 'cifar100', 'ImageOptions', 'crops',
+           'image_folder', 'subset', 'check_options', 'load_dataset']
 
 # %% ../../nbs/training/data.ipynb #df09a970
 import contextlib
@@ -76,6 +76,29 @@ class TensorImages(Dataset):
         return TensorImages(self.images.to(device), self.labels.to(device), self.augment)
 
 # %% ../../nbs/training/data.ipynb #790e2137
+def crops_at_once(
+    padded: Tensor,  # (B, C, H', W')
+    shape: torch.Size,  # of the result, (B, C, H, W)
+    *drawn: Tensor,  # of each image: first row and column, and whether it is mirrored
+) -> Tensor:
+    "The crops of all images by one `gather`."
+    top, left, mirrored = (t.to(padded.device)[:, None] for t in drawn)
+    rows, columns = (torch.arange(n, device=padded.device) for n in shape[2:])
+    rows, columns = top + rows, left + torch.where(mirrored, columns.flip(0), columns)
+    at = (rows[:, :, None] * padded.shape[3] + columns[:, None]).flatten(1)
+    return padded.flatten(2).gather(2, at[:, None].expand(-1, shape[1], -1)).view(shape)
+
+# %% ../../nbs/training/data.ipynb #397dd589
+def crops_in_turn(padded: Tensor, shape: torch.Size, *drawn: Tensor) -> Tensor:
+    "The same, image by image, on a CPU."
+    (height, width), crops = shape[2:], torch.empty(shape, dtype=padded.dtype)
+    offsets = (t.tolist() for t in drawn)
+    for crop, image, top, left, mirrored in zip(crops.numpy(), padded.numpy(), *offsets, strict=True):
+        part = image[:, top : top + height, left : left + width]
+        crop[:] = part[..., ::-1] if mirrored else part
+    return crops
+
+# %% ../../nbs/training/data.ipynb #8cd59ecb
 class CropAndFlip:
     "Random crops of zero-padded images and random horizontal flips, for a whole batch at once."
 
@@ -92,14 +115,8 @@ class CropAndFlip:
         return top, left, torch.randint(2, (batch,), generator=random, dtype=torch.bool)
 
     def __call__(self, x: Tensor, seed: int) -> Tensor:  # (B, C, H, W) -> the same shape
-        top, left, mirrored = (drawn.to(x.device) for drawn in self.draw(len(x), seed))
-        padded = F.pad(x, [self.padding] * 4)
-        rows, columns = (torch.arange(n, device=x.device) for n in x.shape[2:])
-        rows = top[:, None] + rows
-        columns = left[:, None] + torch.where(mirrored[:, None], columns.flip(0), columns)
-        at = (rows[:, :, None] * padded.shape[3] + columns[:, None]).flatten(1)
-        at = at[:, None].expand(-1, x.shape[1], -1)
-        return padded.flatten(2).gather(2, at).view(x.shape)
+        cropped = crops_in_turn if x.device.type == "cpu" else crops_at_once
+        return cropped(F.pad(x, [self.padding] * 4), x.shape, *self.draw(len(x), seed))
 
 # %% ../../nbs/training/data.ipynb #9babeb79
 DAMAGED = "Replace or remove the file."
