@@ -852,11 +852,15 @@ def test_small_networks_take_any_side(shortcut, side):
 
 def test_option_a_keeps_every_second_position_and_adds_zeros():
     shortcut = small_resnet(8, 10).layer2[0].downsample
-    x = torch.randn(2, 16, 5, 4)
-    y = shortcut(x)
+    x = torch.randn(2, 16, 5, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = shortcut(x * 1)
     assert y.shape == (2, 32, 3, 2)
     assert torch.equal(y[:, :16], x[:, :, ::2, ::2]) and not y[:, 16:].any()
     assert not list(shortcut.parameters())
+    g = torch.randn(2, 32, 3, 2).contiguous(memory_format=torch.channels_last)
+    (to_x,) = torch.autograd.grad(y, x, g)
+    assert torch.equal(to_x[:, :, ::2, ::2], g[:, :16]) and to_x.count_nonzero() == 2 * 16 * 6
+    assert to_x.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("depth", [7, 2, 18, 50.5])

@@ -24,7 +24,8 @@ class PadShortcut(nn.Module):
         self.extra = extra
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C + extra, ⌈H/2⌉, ⌈W/2⌉)
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.extra))
+        # of a slice, the gradient would be contiguous, and all before it in a channels_last stage slow
+        return F.pad(F.avg_pool2d(x, 1, stride=2), (0, 0, 0, 0, 0, self.extra))
 
 # %% ../../nbs/networks/small-resnets.ipynb #5b0f6234
 def _shortcut(kind: str, width: int, out: int) -> nn.Module:
