@@ -23,6 +23,7 @@ CLASSIFY = {
     "cpu": {
         "dataset": "cifar100", "network": "resnet20", "epochs": 30, "batch_size": 128,
         "lr": 0.1, "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 1,
+        "channels_last": True,
     },
     "gpu": {
         "dataset": "cifar100", "network": "resnet50-small", **CAT_CIFAR,
