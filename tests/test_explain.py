@@ -3,6 +3,7 @@
 import math
 from importlib.util import find_spec
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from PIL import Image
@@ -26,8 +27,9 @@ from scsa_book.explain.localisation import (
 from scsa_book.explain.maps import attention_map, draw_over, photograph, save_png, spatial_map
 from scsa_book.explain.mechanisms import fact
 from scsa_book.explain.receptive_field import contributions, drawn_sides, profile, side_length
+from scsa_book.explain.runs import show_gates
 from scsa_book.networks.build import build
-from scsa_book.networks.placement import attend
+from scsa_book.networks.placement import attend, maps_of
 from scsa_book.paths import DataError, embedded
 from scsa_book.training.measured import hits, in_words, measured, photographs, run_images
 from scsa_book.training.trained import from_file, from_name
@@ -501,3 +503,15 @@ def test_a_sentence_has_the_verdict_of_its_interval(ends, verdict):
     said = in_words("a exceeds b", Claim(12, sum(ends) / 2, *ends))
     assert f"**{verdict}**" in said and "n = 12" in said and f"({ends[0]:+.3f} to {ends[1]:+.3f})" in said
     assert "**inconclusive**" in in_words("a exceeds b", None)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_the_page_of_a_run_shows_the_maps_of_every_mechanism(name):
+    options = {"groups": 4} if name in ("sge", "sa") else {"factor": 4} if name == "ema" else {}
+    network = attend(build("resnet8", 10), name, **options).eval()
+    image = torch.rand(3, 24, 24)
+    show_gates(maps_of(network, image[None]), image)
+    axes = plt.gcf().axes
+    shown = [axis.get_images()[0].get_array() for axis in axes[:4]]
+    assert len(shown) == 4 and all(array.size > 0 for array in shown)
+    plt.close("all")

@@ -68,12 +68,15 @@ def gate_of(maps: Mapping[str, Tensor]) -> Tensor:
 
 # %% ../../nbs/reference/run-figures.ipynb #a878bf5f
 def draw_gate(where, which, name: str, gate: Tensor) -> None:
-    drawn = where.imshow(gate.mean(0), MAP)
+    "A gate (C, H, W), or the weights of pairs (rows, columns) as a matrix."
+    pairs = gate.dim() == 2
+    drawn = where.imshow(gate if pairs else gate.mean(0), MAP)
     plt.colorbar(drawn, ax=where, shrink=0.75)
     position = name.rpartition(".attention")[0].split(".")[-3:]  # the path before is the same for all
     where.set(title=".".join(position), xticks=[], yticks=[])
-    which.bar(range(len(gate)), gate.mean((1, 2)), width=1)
-    which.set(xlabel="channel")
+    means = gate.mean(0) if pairs else gate.mean((1, 2))
+    which.bar(range(len(means)), means, width=1)
+    which.set(xlabel="column" if pairs else "channel")
 
 # %% ../../nbs/reference/run-figures.ipynb #cab398ce
 def show_gates(
