@@ -57,6 +57,7 @@ test-all: $(STAMP)
 check-tests:
 	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder $(if $(SLOW),-m "slow or not slow")
 
+# As many processes as half of the cores: the tests have one a core.
 check-chapters:
 	$(BIN)/nbdev-test --n-workers $(shell expr \( $(CORES) + 1 \) / 2) --skip-file-glob 'gpu*.ipynb' \
 		$(if $(SLOW),--flags slow)

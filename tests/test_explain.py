@@ -27,7 +27,7 @@ from scsa_book.explain.localisation import (
 from scsa_book.explain.maps import attention_map, draw_over, photograph, save_png, spatial_map
 from scsa_book.explain.mechanisms import fact
 from scsa_book.explain.receptive_field import contributions, drawn_sides, profile, side_length
-from scsa_book.explain.runs import show_gates
+from scsa_book.explain.runs import gate_of, show_gates
 from scsa_book.networks.build import build
 from scsa_book.networks.placement import attend, maps_of
 from scsa_book.paths import DataError, embedded
@@ -510,8 +510,10 @@ def test_the_page_of_a_run_shows_the_maps_of_every_mechanism(name):
     options = {"groups": 4} if name in ("sge", "sa") else {"factor": 4} if name == "ema" else {}
     network = attend(build("resnet8", 10), name, **options).eval()
     image = torch.rand(3, 24, 24)
-    show_gates(maps_of(network, image[None]), image)
-    axes = plt.gcf().axes
-    shown = [axis.get_images()[0].get_array() for axis in axes[:4]]
-    assert len(shown) == 4 and all(array.size > 0 for array in shown)
+    modules = maps_of(network, image[None])
+    show_gates(modules, image)
+    shown = [axis.get_images()[0].get_array() for axis in plt.gcf().axes[1:4]]
     plt.close("all")
+    for drawn, maps in zip(shown, modules.values(), strict=True):  # one a block, of which there are three
+        gate = gate_of(maps)
+        assert torch.equal(torch.from_numpy(drawn.data), gate if gate.dim() == 2 else gate.mean(0))

@@ -143,18 +143,27 @@ def test_sk_as_a_convolution_counts_what_timm_counts():
     assert size(ours) == size(on_paper(timm.create_model, "skresnext50_32x4d"))
 
 
-def test_shapes_only_gives_the_network_of_the_meta_device_and_leaves_the_random_state():
-    with torch.device("meta"):
-        expected = attend(build("resnet50", 10, width=16), "cbam")
-    before = torch.get_rng_state()
-    with shapes_only():
+def initialised(where):
+    "A network, and the functions that initialised it."
+    with torch.profiler.profile() as seen, where:
         network = attend(build("resnet50", 10, width=16), "cbam")
-        values = torch.zeros(3, device="cpu").fill_(2)
-    assert values.tolist() == [2, 2, 2], "tensors that have values are filled"
-    assert torch.equal(torch.get_rng_state(), before)
-    assert {p.device.type for p in network.parameters()} == {"meta"}
+    return network, {"aten::normal_", "aten::uniform_"} & {event.key for event in seen.key_averages()}
+
+
+def test_shapes_only_gives_the_network_of_the_meta_device_and_initialises_nothing():
+    expected, functions = initialised(torch.device("meta"))
+    assert functions == {"aten::normal_", "aten::uniform_"}
+    network, functions = initialised(shapes_only())
+    assert not functions and {p.device.type for p in network.parameters()} == {"meta"}
     shapes = [{k: (v.shape, v.dtype) for k, v in n.state_dict().items()} for n in (network, expected)]
     assert shapes[0] == shapes[1]
+
+
+def test_tensors_with_values_are_initialised_among_shapes_only():
+    with shapes_only():
+        layer = torch.nn.Linear(3, 4, device="cpu")
+        values = torch.zeros(3, device="cpu").fill_(2)
+    assert values.tolist() == [2, 2, 2] and layer.weight.abs().sum() > 0 and layer.weight.abs().max() < 1
 
 
 # ---- positions ----
