@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 # %% ../../nbs/training/history.ipynb #a4b2496c
+from ..data.loading import Loader
 from .config import RunConfig
 from .result import Epoch
 
@@ -73,26 +74,19 @@ class LossMonitor:
 class EpochTimer:
     "Times of the current epoch."
 
-    def __init__(self, shown: dict[str, float] | None = None):
+    def __init__(self, loader: Loader, shown: dict[str, float] | None = None):
         shown = shown or {}
-        self.began = self.idle_since = time.perf_counter() - shown.get("seconds", 0)
-        self.waited, self.train_seconds = shown.get("wait_seconds", 0), 0.0
-        if shown:  # the time in between does not count
-            self.idle_since = time.perf_counter()
-
-    def step_begins(self) -> None:
-        self.waited += time.perf_counter() - self.idle_since
-
-    def step_ends(self) -> None:
-        self.idle_since = time.perf_counter()
+        self.loader, self.train_seconds = loader, 0.0
+        self.began = time.perf_counter() - shown.get("seconds", 0)
+        self.waited_before = loader.waited - shown.get("wait_seconds", 0)
 
     def training_ends(self) -> None:
         self.train_seconds = time.perf_counter() - self.began
 
     def times(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.began
-        train = {"train_seconds": self.train_seconds, "wait_seconds": self.waited}
-        return {"seconds": seconds, **train}
+        waited = self.loader.waited - self.waited_before
+        return {"seconds": seconds, "train_seconds": self.train_seconds, "wait_seconds": waited}
 
 # %% ../../nbs/training/history.ipynb #529d441a
 def record(trainer, task, monitor: LossMonitor, timer: EpochTimer) -> Epoch:
@@ -133,19 +127,15 @@ class EpochMonitor(L.Callback):
         before = trainer.global_step - done
         self.monitor = LossMonitor(config, trainer.current_epoch, before, every)
         self.monitor.steps, self.monitor.total = done, so_far.get("total", 0.0)
-        self.timer = EpochTimer(so_far)
+        self.timer = EpochTimer(trainer.train_dataloader, so_far)
 
     def so_far(self) -> dict:
         self.monitor.check()
         total = statistics.fmean(gathered(self.monitor.total))  # over the processes of the run
         return {"steps": self.monitor.steps, "total": total, **self.timer.times()}
 
-    def on_train_batch_start(self, trainer, task, batch, batch_idx) -> None:
-        self.timer.step_begins()
-
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
         self.monitor.add(outputs["loss"])
-        self.timer.step_ends()
 
     def on_validation_start(self, trainer, task) -> None:
         self.monitor.check()
