@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
+from ..operators.gating import gate_groups
 from ..operators.group_statistics import similarity_gates
 
 # %% ../../nbs/hybrid/sge.ipynb #ed48524e
@@ -41,7 +42,7 @@ class GroupGates(Attention):
 
     def recombine(self, x: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         "Every channel times the gates of its group."
-        return (self.split(x) * maps["group"][:, :, None]).flatten(1, 2)
+        return gate_groups(x, maps["group"])
 
     def extra_repr(self) -> str:
         return f"{self.channels}, groups={self.groups}"

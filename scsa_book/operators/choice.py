@@ -182,9 +182,10 @@ def operator(written: Callable) -> Callable:
 
         return register
 
-    def composed_on(device: str, **takes):
+    def composed_on(device: str, *, gradient: Callable | None = None, **takes):
         def register(form: Callable) -> Callable:
-            forms[device] = Form(form, form, **takes)
+            differentiable = with_gradient(form, gradient) if gradient else form
+            forms[device] = Form(form, differentiable, **takes)
             return form
 
         return register

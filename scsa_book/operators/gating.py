@@ -6,7 +6,7 @@
 __all__ = ['gate_axes', 'product_gradient', 'gate_axes_gradient', 'gate_axes_cpu', 'row_sums', 'column_sums', 'like_factors',
            'like_gate_axes', 'gate_axes_gradient_cpu', 'gate_in_turn', 'gate_in_turn_gradient', 'channels_at_a_time',
            'image_pieces', 'gate_in_turn_cpu', 'gate_in_turn_gradient_cpu', 'gate_sum', 'gate_sum_gradient',
-           'gate_sum_cpu']
+           'gate_sum_cpu', 'gate_groups', 'gate_groups_laid']
 
 # %% ../../nbs/operators/gating.ipynb #c864a057
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from .choice import operator
-from .memory import CACHED, OF_SEVERAL, is_channels_last, laid_as, pieces
+from scsa_book.operators.memory import (
+    OF_SEVERAL,
+    is_channels_last,
+    laid_as,
+    laid_like,
+    pieces,
+    several_images,
+)
 
 # %% ../../nbs/operators/gating.ipynb #8782ad05
 @operator
@@ -126,19 +133,17 @@ def channels_at_a_time(x: Tensor) -> int:
 def image_pieces(
     maps: Sequence[Tensor],  # (B, C, ...) each
     positions: Sequence[Tensor],  # (B, 1, H, W) each
-) -> Iterator[tuple[Tensor, ...]]:  # (n, ...) of each map, (1, H, W) of the others
-    "Some channels of one image at a time."
+) -> Iterator[tuple[Tensor, ...]]:  # (N, n, ...) of each map, (N, 1, H, W) of the others
+    "Several images at a time, or some channels of a large one."
     n = channels_at_a_time(maps[0])
-    for image in zip(*maps, *positions, strict=True):
-        parts = (t.split(n) for t in image[: len(maps)])
+    for images in several_images(*maps, *positions):
+        parts = (t.split(n, 1) for t in images[: len(maps)])
         for part in zip(*parts, strict=True):
-            yield *part, *image[len(maps) :]
+            yield *part, *images[len(maps) :]
 
 # %% ../../nbs/operators/gating.ipynb #39a8ade3
 @gate_in_turn.on("cpu", gradient=gate_in_turn_gradient)
 def gate_in_turn_cpu(x: Tensor, s_c: Tensor, s_p: Tensor) -> Tensor:
-    if x.numel() <= CACHED:
-        return torch.mul(x, s_c).mul_(s_p)
     y = torch.empty_like(x)
     for part, gate, to, position in image_pieces((x, s_c, y), (s_p,)):
         torch.mul(part, gate, out=to).mul_(position)
@@ -153,8 +158,8 @@ def gate_in_turn_gradient_cpu(
     to_p.zero_()
     for u, v, c, to_x, to_c, p, sums in image_pieces((g, x, s_c, *to), (s_p, to_p)):
         torch.mul(u, v, out=to_x)
-        sums += (to_x * c).sum(0)
-        to_c.copy_(to_x.mul_(p).sum((1, 2), keepdim=True))
+        sums += (to_x * c).sum(1, keepdim=True)
+        to_c.copy_(to_x.mul_(p).sum((2, 3), keepdim=True))
         torch.mul(u, c, out=to_x).mul_(p)
     return *to, to_p
 
@@ -181,7 +186,24 @@ def gate_sum_gradient(
 @gate_sum.on("cpu", gradient=gate_sum_gradient)
 def gate_sum_cpu(x: Tensor, s_c: Tensor, s_p: Tensor) -> Tensor:
     y = torch.empty_like(x)
-    several = pieces(x, s_c, y, s_p, numbers=OF_SEVERAL) if is_channels_last(x) else None
-    for part, gate, to, position in several or image_pieces((x, s_c, y), (s_p,)):
+    for part, gate, to, position in image_pieces((x, s_c, y), (s_p,)):
         torch.add(gate, position, out=to).mul_(part)
     return y
+
+# %% ../../nbs/operators/gating.ipynb #c1dce922
+@operator
+def gate_groups(
+    x: Tensor,  # (B, C, H, W)
+    s: Tensor,  # (B, G, H, W), C a multiple of G
+) -> Tensor:  # (B, C, H, W)
+    "Every channel times the gates of its group of consecutive channels."
+    groups = x.unflatten(1, (s.shape[1], x.shape[1] // s.shape[1]))
+    return (groups * s[:, :, None]).flatten(1, 2)
+
+
+def gate_groups_laid(x: Tensor, s: Tensor) -> Tensor:
+    return gate_groups.written(x, laid_like(s, x))
+
+
+for device in ("cpu", "cuda"):
+    gate_groups.composed_on(device)(gate_groups_laid)

@@ -12,7 +12,8 @@ from math import inf
 import torch.nn.functional as F
 from torch import Tensor
 
-from .extremes import has_gradient, largest
+from .extremes import largest
+from .positions import maximum_of_positions, mean_of_positions
 
 # %% ../../nbs/foundations/pooling.ipynb #37e2520f
 def check_map(x: Tensor) -> None:
@@ -29,7 +30,7 @@ def global_average(
 ) -> Tensor:  # (B, C, 1, 1)
     "Mean of every channel over its positions."
     check_map(x)
-    return x.mean((-2, -1), keepdim=True)
+    return mean_of_positions(x)
 
 # %% ../../nbs/foundations/pooling.ipynb #b204df1f
 def channel_average(
@@ -45,9 +46,7 @@ def global_maximum(
 ) -> Tensor:  # (B, C, 1, 1)
     "Largest value of every channel over its positions; the first of a tie has the gradient."
     check_map(x)
-    if has_gradient(x):
-        return largest(x.flatten(2), 2)[..., None]
-    return x.amax((-2, -1), keepdim=True)  # in any memory format, without a copy
+    return maximum_of_positions(x)
 
 
 def channel_maximum(
