@@ -3,6 +3,7 @@
 import ast
 import copy
 import io
+import math
 import re
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ from scsa_book.operators import (
     strips,
     windows,
 )
+from scsa_book.operators.memory import OF_SEVERAL
 
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
 
@@ -265,6 +267,23 @@ def probe(case):
         return tuple_of(operator(x, *rest))[0].sum()
 
     return seen, ask, args
+
+
+def calls(case, shape, layout):
+    "How often PyTorch's operators are called."
+    operator, args = example(case, layout=layout, shape=shape)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        operator(*args)
+    return sum(e.count for e in seen.key_averages() if e.key.startswith("aten::"))
+
+
+@CASE
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_images_are_done_together(case, layout):
+    "A call for each of them takes longer than what it computes; one for as many as a cache holds does not."
+    small, many = (2, 8, 12, 12), (4352, 8, 12, 12)  # more numbers than any cache holds
+    pieces = math.prod(many) / OF_SEVERAL
+    assert calls(case, many, LAYOUTS[layout]) <= 10 * pieces * calls(case, small, LAYOUTS[layout])
 
 
 @CASE

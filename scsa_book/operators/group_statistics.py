@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .choice import operator
-from .memory import CACHED
+from .memory import CACHED, several_images
 from .norm import group_norm
 
 # %% ../../nbs/operators/group-statistics.ipynb #0c7a546e
@@ -60,8 +60,9 @@ def similarity_gates_cpu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     if x.numel() <= CACHED or not precise or not x.is_contiguous():
         return similarity_gates.written(x, weight, bias, eps)
     s = x.new_empty(*x.shape[:2], *x.shape[3:])
-    for image, p in zip(x.flatten(3), s.flatten(2).unsqueeze(2), strict=True):
-        torch.bmm(image.mean(2)[:, None], image, out=p)
-        p -= p.mean(2, keepdim=True)
+    for images, gates in several_images(x, s, numbers=CACHED):
+        u, p = images.flatten(3).flatten(0, 1), gates.flatten(2).unsqueeze(2)
+        torch.bmm(u.mean(2)[:, None], u, out=p.flatten(0, 1))
+        p -= p.mean(3, keepdim=True)
         p.mul_(weight / (deviation(p) + eps)).add_(bias).sigmoid_()
     return s

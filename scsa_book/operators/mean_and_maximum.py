@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .choice import operator
-from .memory import FAR
+from .memory import FAR, several_images
 from .pooling import global_average, global_maximum
 
 # %% ../../nbs/operators/mean-and-maximum.ipynb #cb150182
@@ -27,7 +27,7 @@ def mean_and_maximum_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() <= FAR:
         return mean_and_maximum.written(x)
     means, largest = (x.new_empty(*x.shape[:2], 1, 1) for _ in range(2))
-    for image, mean, maximum in zip(x, means, largest, strict=True):
-        torch.mean(image, (1, 2), keepdim=True, out=mean)
-        torch.amax(image, (1, 2), keepdim=True, out=maximum)
+    for images, mean, maximum in several_images(x, means, largest):
+        torch.mean(images, (2, 3), keepdim=True, out=mean)
+        torch.amax(images, (2, 3), keepdim=True, out=maximum)
     return means, largest
