@@ -202,6 +202,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'scsa_book.attention.cpca.authors_options': ( 'hybrid/cpca.html#authors_options',
                                                                                         'scsa_book/attention/cpca.py'),
                                           'scsa_book.attention.cpca.depthwise': ( 'hybrid/cpca.html#depthwise',
+                                                                                  'scsa_book/attention/cpca.py'),
+                                          'scsa_book.attention.cpca.of_strips': ( 'hybrid/cpca.html#of_strips',
                                                                                   'scsa_book/attention/cpca.py')},
             'scsa_book.attention.danet': { 'scsa_book.attention.danet.ChannelAttention': ( 'spatial/danet.html#channelattention',
                                                                                            'scsa_book/attention/danet.py'),

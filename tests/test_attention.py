@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -383,3 +385,21 @@ def test_unknown_names_list_the_known_ones():
         registry.create("se", 32, reductoin=4)
     with pytest.raises(ValueError, match="authors' variant"):
         registry.from_authors("senet", {}, {})
+
+
+def test_cpca_in_bfloat16_ends_on_a_cpu():
+    "In a process of its own, for oneDNN may never return."
+    code = """
+import torch
+from scsa_book.attention.cpca import CPCA
+x = torch.randn(1, 16, 8, 32).to(memory_format=torch.channels_last)
+module = CPCA(16).to(memory_format=torch.channels_last)
+expected = module(x)
+with torch.autocast("cpu", torch.bfloat16):
+    y = module(x)
+y.float().sum().backward()
+found = module.bfloat16()(x.bfloat16())
+for t in (y, found):
+    assert torch.allclose(t.float(), expected, atol=0.03), (t.float() - expected).abs().max()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
