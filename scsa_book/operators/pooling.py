@@ -12,8 +12,13 @@ from math import inf
 import torch.nn.functional as F
 from torch import Tensor
 
-from .extremes import largest
-from .positions import maximum_of_positions, mean_of_positions
+from scsa_book.operators.positions import (
+    CHANNELS,
+    POSITIONS,
+    maximum_of_channels,
+    maximum_of_positions,
+    mean,
+)
 
 # %% ../../nbs/foundations/pooling.ipynb #37e2520f
 def check_map(x: Tensor) -> None:
@@ -30,7 +35,7 @@ def global_average(
 ) -> Tensor:  # (B, C, 1, 1)
     "Mean of every channel over its positions."
     check_map(x)
-    return mean_of_positions(x)
+    return mean(x, POSITIONS)
 
 # %% ../../nbs/foundations/pooling.ipynb #b204df1f
 def channel_average(
@@ -38,7 +43,7 @@ def channel_average(
 ) -> Tensor:  # (B, 1, H, W)
     "Mean over the channels at every position."
     check_map(x)
-    return x.mean(1, keepdim=True)
+    return mean(x, CHANNELS)
 
 # %% ../../nbs/foundations/pooling.ipynb #3090430c
 def global_maximum(
@@ -54,7 +59,7 @@ def channel_maximum(
 ) -> Tensor:  # (B, 1, H, W)
     "Largest value over the channels at every position; the first of a tie has the gradient."
     check_map(x)
-    return largest(x, 1)
+    return maximum_of_channels(x)
 
 # %% ../../nbs/foundations/pooling.ipynb #82850e3c
 def check_window(
