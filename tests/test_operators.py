@@ -424,6 +424,76 @@ def writes(schema) -> bool:
     return any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
 
 
+# Operators that some runtime of `scsa_book.deploy` lacks or takes for another, and a use of each.
+LACKED = {
+    "adaptive_max_pool2d": lambda x: nn.functional.adaptive_max_pool2d(x, 2),
+    "addcdiv": lambda x: x.addcdiv(x, x),
+    "addcmul": lambda x: x.addcmul(x, x),
+    "embedding_bag": lambda x: nn.functional.embedding_bag(torch.zeros(1, 2).long(), x[0, 0]),
+    "exp2": lambda x: x.exp2(),
+    "hypot": lambda x: x.hypot(x),
+    "kthvalue": lambda x: x.kthvalue(1)[0],
+    "logaddexp": lambda x: x.logaddexp(x),
+    "logaddexp2": lambda x: x.logaddexp2(x),
+    "mT": lambda x: x.mT,
+    "median": lambda x: x.median(1)[0],
+    "mv": lambda x: torch.mv(x[0, 0], x[0, 0, 0]),
+    "new_ones": lambda x: x + x.new_ones(1),
+    "std": lambda x: x.std((2, 3)),
+    "std_mean": lambda x: torch.std_mean(x, 1)[0],
+    "var": lambda x: x.var((2, 3)),
+    "var_mean": lambda x: torch.var_mean(x, 1)[0],
+}
+
+
+class Use(nn.Module):
+    def __init__(self, use, weight=None):
+        super().__init__()
+        self.use, self.weight = use, weight
+
+    def forward(self, x):
+        return self.use(x) if self.weight is None else self.use(x, self.weight)
+
+
+def plain_program(module, x):
+    return torch.export.export(module, (x,)).run_decompositions({})
+
+
+def names_in(recorded):
+    "The operators of a trace or of an exported program."
+    if isinstance(recorded, torch.export.ExportedProgram):
+        targets = graph_targets(recorded.graph)
+        full = {t._schema.name for t in targets if isinstance(t, torch._ops.OpOverload)}
+    else:
+        full = {node.kind() for node in recorded.inlined_graph.nodes()}
+    return {name.removeprefix("aten::") for name in full}
+
+
+def constants_divided(program):
+    "Divisions of what does not depend on the input by what does."
+    varying, found = set(program.graph_signature.user_inputs), []
+    for node in program.graph.nodes:
+        given = [n.name in varying for n in node.all_input_nodes]
+        if any(given):
+            varying.add(node.name)
+        if str(node.target).startswith("aten.div.Tensor") and given == [False, True]:
+            found.append(node)
+    return found
+
+
+@pytest.mark.parametrize("name", LACKED)
+def test_what_some_runtime_lacks_is_recognised(name):
+    module, x = Use(LACKED[name]), torch.rand(1, 2, 4, 4)
+    seen = names_in(torch.jit.trace(module, x, check_trace=False)), names_in(plain_program(module, x))
+    assert name in seen[0] and (name in seen[1] or name == "mT")  # a transposition once it is exported
+
+
+def test_a_constant_that_is_divided_is_recognised():
+    weight, x = nn.Parameter(torch.ones(2, 1, 1)), torch.rand(1, 2, 4, 4)
+    for use, count in ((lambda x, w: w / x.sum() * x, 1), (lambda x, w: x / x.sum() * w / w, 0)):
+        assert len(constants_divided(plain_program(Use(use, weight), x))) == count
+
+
 @MECHANISM
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_trace_holds_no_write_and_no_python(name, grad):
@@ -431,6 +501,7 @@ def test_a_trace_holds_no_write_and_no_python(name, grad):
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(module, x)  # which compares what it records with gradients and without
         assert relative(traced(other).detach(), module(other).detach()) < 1e-5
+    assert not names_in(traced) & set(LACKED)
     nodes = list(traced.inlined_graph.nodes())
     for node in nodes:
         assert node.kind() != "prim::PythonOp" and node.kind().split("::")[0] in ("aten", "prim"), node
@@ -459,9 +530,11 @@ def test_an_exported_program_holds_no_write_and_no_python(name):
             program = torch.export.export(module, (x,), dynamic_shapes=(batch,))
         programs[program.graph_module.code] = program  # most are the same with gradients and without
     for program in programs.values():
-        for target in graph_targets(program.run_decompositions({}).graph):
+        plain = program.run_decompositions({})
+        for target in graph_targets(plain.graph):
             if isinstance(target, torch._ops.OpOverload):
                 assert target.namespace == "aten" and not writes(target._schema), target
+        assert not names_in(plain) & set(LACKED) and not constants_divided(plain)
         assert relative(program.module()(other).detach(), module(other).detach()) < 1e-5
 
 

@@ -43,7 +43,7 @@ def normalise_channels(
     centred = u - u.mean((2, 3), keepdim=True)
     variance = (centred * centred).mean((2, 3), keepdim=True)
     weight, bias = (p.repeat(x.shape[1])[:, None, None] for p in (weight, bias))
-    return (bias + weight / (variance + eps).sqrt() * centred).to(x.dtype)
+    return (centred / (variance + eps).sqrt() * weight + bias).to(x.dtype)
 
 
 def normalise_channels_at_once(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -51,7 +51,7 @@ def similarity_gates(
 ) -> Tensor:  # (B, G, H, W), in (0, 1)
     "A gate for each position of a group, from its similarity to the mean of the group."
     p = similarity(x)
-    return (bias + weight / (deviation(p) + eps) * p).sigmoid().to(x.dtype)
+    return (p / (deviation(p) + eps) * weight + bias).sigmoid().to(x.dtype)
 
 # %% ../../nbs/operators/group-statistics.ipynb #210da1df
 @similarity_gates.on("cpu", composed=similarity_gates.written)
