@@ -16,6 +16,7 @@ from scsa_book.deploy.export import ExportError, Report, error, export
 
 MECHANISM = pytest.mark.parametrize("name", registry.names())
 X = torch.randn(2, 3, 14, 14, generator=torch.Generator().manual_seed(0))
+SMALL = [X[1:, :, :7, :5].contiguous(), X[1:, :, :1, :1].contiguous()]
 
 
 def needs(runtime):
@@ -24,13 +25,38 @@ def needs(runtime):
     return pytest.mark.skipif(bool(packages), reason=f"pip install {' '.join(packages)}")
 
 
+def off_in_openvino(model, network, inputs):
+    "The largest error of a model, from a file or from memory."
+    run = runtimes.load_openvino(model, threads=1)
+    return max(error(run(x), network(x)) for x in inputs)
+
+
 @MECHANISM
 @pytest.mark.parametrize("runtime", [pytest.param(r, marks=needs(r)) for r in ("onnx", "openvino")])
+@torch.no_grad()
 def test_free_sizes_down_to_one(name, runtime, tmp_path):
     "The example, another size and the smallest that the network takes, which is one position."
-    report = export(matrix.small_network(name), X, runtime, tmp_path / name, dynamic=True)
+    network = matrix.small_network(name)
+    report = export(network, X, runtime, tmp_path / name, dynamic=True)
     assert set(report.errors) == {(2, 3, 14, 14), (1, 3, 8, 8), (1, 3, 1, 1)}
     assert report.error < 1e-4 and all(f.stat().st_size > 0 for f in report.files)
+    if runtime == "onnx" and not runtimes.absent({"openvino": "openvino"}):  # the other way into OpenVINO
+        assert off_in_openvino(report.files[0], network, [X, *SMALL]) < 1e-4
+
+
+@needs("openvino")
+@MECHANISM
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_openvino_without_a_file(name):
+    "As converted, with fixed and with free sizes: each is optimised in another way."
+    network = matrix.small_network(name).requires_grad_(False)
+    model = runtimes.import_openvino().convert_model(network, example_input=X)
+    assert off_in_openvino(model, network, [X, *SMALL]) < 1e-4
+    model.reshape(list(X.shape))
+    assert off_in_openvino(model, network, [X]) < 1e-4
+    model.reshape([-1, 3, -1, -1])
+    assert off_in_openvino(model, network, [X, *SMALL]) < 1e-4
 
 
 REPORTING = """
@@ -58,16 +84,15 @@ def test_a_conversion_is_reported_to_nobody(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"network.xml", "network.bin"}
 
 
-OFTEN = ("se", "sa", "cat", "scsa")  # with free sizes the quick tests have all
-
-
-@needs("openvino")
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in registry.names()]
-)
-def test_fixed_size(name, tmp_path):
-    report = export(matrix.small_network(name), X, "openvino", tmp_path / name)
+@MECHANISM
+@pytest.mark.parametrize("runtime", [pytest.param(r, marks=needs(r)) for r in ("onnx", "openvino")])
+@torch.no_grad()
+def test_fixed_size(name, runtime, tmp_path):
+    network = matrix.small_network(name)
+    report = export(network, X, runtime, tmp_path / name)
     assert set(report.errors) == {(2, 3, 14, 14)} and report.error < 1e-4
+    if runtime == "onnx" and not runtimes.absent({"openvino": "openvino"}):
+        assert off_in_openvino(report.files[0], network, [X]) < 1e-4
 
 
 # What is known to be refused, with fixed sizes and in addition with free ones; everything else is right.

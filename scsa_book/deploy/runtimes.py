@@ -118,10 +118,13 @@ def write_openvino(order: Order, path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=order.half)
 
 
-def load_openvino(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
+def load_openvino(
+    model: object,  # a file, ONNX among them, or what `convert_model` has returned
+    threads: int = 0,  # 0: all
+) -> Callable[[Tensor], Tensor]:
     openvino = import_openvino()
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}  # 0: all
-    compiled = openvino.Core().compile_model(path, "CPU", hints)
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.Core().compile_model(model, "CPU", hints)
     return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
 
 
