@@ -479,7 +479,8 @@ def network_of_file(network: str, attention: str | None, weights: Path | None, c
     from scsa_book.networks.weights_file import below, read_weights
 
     made = build(network, classes)
-    made = attend(made, attention) if attention else made
+    if attention not in (None, "none"):
+        made = attend(made, attention)
     if weights:
         state = read_weights(weights)
         made.load_state_dict(below("network.", state) or state)

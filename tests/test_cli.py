@@ -326,6 +326,11 @@ def test_numbers_may_be_written_in_any_way(word):
     assert configure("sample", **cli.parse_parameters([word])).lr == 0.001
 
 
+def test_a_network_without_attention_is_exported_by_either_name():
+    plain, none = (cli.network_of_file("resnet20", name, None, 10).state_dict() for name in (None, "none"))
+    assert plain.keys() == none.keys() < cli.network_of_file("resnet20", "se", None, 10).state_dict().keys()
+
+
 def test_export_of_a_weights_file_in_eight_bits(tmp_path, capsys):
     "The weights of the file, and calibration on photographs; a folder without any is named."
     network = cli.network_of_file("resnet20", "se", None, 10)
