@@ -2,6 +2,7 @@
 
 import ast
 import re
+import time
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import combinations
@@ -9,17 +10,19 @@ from itertools import combinations
 import matplotlib.pyplot as plt
 import pytest
 import repository
+import torch
 from conftest import ROOT, cells_of
 from scipy import stats
 
-from scsa_book.evidence import claims, contrasts, curves, ledger, planned, recount
+from scsa_book.evidence import claims, contrasts, curves, ledger, planned, recount, steps
 from scsa_book.evidence import comparisons as co
 from scsa_book.evidence.cost import parameters
 from scsa_book.evidence.power import smallest_difference
 from scsa_book.evidence.published import cells, tables
+from scsa_book.evidence.speed import Spread
 from scsa_book.evidence.statistics import summarise
 from scsa_book.networks.build import shapes_only
-from scsa_book.training.config import ConfigError, configure
+from scsa_book.training.config import ConfigError, configure, digest
 from scsa_book.training.experiments import Experiment, experiment
 from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult
 from scsa_book.training.tasks import TASKS, build_network
@@ -355,18 +358,89 @@ def test_a_curve_has_the_mean_and_the_range_over_seeds():
     plt.close("all")
 
 
-def test_equal_time_takes_the_epochs_that_fit():
+def times_of(c, ratios):
+    "Step times in which the rows at some indices have these ratios to the first."
+    same = Spread(low=1.0, median=1.0, high=1.0)
+    rows = {
+        digest(c.rows[i].config): steps.RowTime(
+            label="", step=same, ratio=Spread(low=ratio, median=ratio, high=ratio)
+        )
+        for i, ratio in ratios.items()
+    }  # fmt: skip
+    machine, code = Machine(device="cpu", devices=1, threads=1, versions={}), Code(commit=None, dirty=None)
+    return steps.StepTimes(
+        experiment=c.name, rounds=1, rows=rows, noise=same, machine=machine, code=code,
+        measured=datetime(2026, 1, 1, tzinfo=timezone.utc), seconds=1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("ratio", "mean"), [(1.5, -3.0), (0.8, 2.0), (2.5, None), (None, None)])
+def test_equal_time_takes_the_epochs_that_fit(ratio, mean):
     [plain], [slow] = (results_of("cifar100", {i: v}, (0,)) for i, v in ((0, 28.0), (9, 30.0)))
-    slow.epochs[0].train_seconds, slow.epochs[1].train_seconds = 1.5, 90.0  # the second one was disturbed
-    c = co.compare("cifar100", results=[plain, slow])
-    se, eca = c.rows[9:11]
-    assert curves.slowdown(se, c.rows[0]) == 1.5 and curves.slowdown(eca, c.rows[0]) is None
+    se = co.compare("cifar100", results=[plain, slow]).rows[9]
     assert [curves.after(se, "top1", n) for n in (0, 1, 2, 3)] == [{}, {0: 25.0}, {0: 30.0}, {}]
-    short = replace(se, config=se.config.model_copy(update={"epochs": 2}))
-    base = replace(c.rows[0], config=c.rows[0].config.model_copy(update={"epochs": 2}))
+    base = co.compare("cifar100", results=[plain]).rows[0]
+    base, short = (replace(r, config=r.config.model_copy(update={"epochs": 2})) for r in (base, se))
     c = co.Comparison("x", "x", (base, short))
     assert c.differences[short].summary.mean == 2.0
-    assert curves.at_equal_time(c)[short].summary.mean == -3.0, "two seconds are one of its epochs"
+    found = curves.at_equal_time(c, times_of(c, {0: 1.0} | ({1: ratio} if ratio else {})))[short]
+    # two epochs of the plain network are one of a row that takes 1.5 times as long, and none of 2.5 times
+    assert (found.summary and found.summary.mean) == mean
+    assert found.reading == ("one pair" if mean else "not run")
+
+
+# ---- time of a training step
+
+
+def small_rows():
+    "Two rows of the embedded sample with batches of eight images."
+    rows = [{"batch_size": 8}, {"batch_size": 8, "attention": "se", "position": "before_add"}]
+    configs = [configure("sample", **row) for row in rows]
+    return co.Comparison("tiny", "tiny", tuple(co.Row(co.label_of(c), c, (0,)) for c in configs))
+
+
+def test_a_step_trains_the_network_of_its_run():
+    config = small_rows().rows[1].config
+    x, labels = steps.random_batch(config)
+    assert (tuple(x.shape), x.dtype, labels.max() < 10) == ((8, 1, 28, 28), torch.uint8, True)
+    torch.manual_seed(0)
+    step = steps.step_of(config)
+    losses = [step().item() for _ in range(6)]
+    assert losses[-1] < losses[0], "it learns the labels of its one batch"
+    with pytest.raises(ValueError, match="task='detect': only steps of the task classify"):
+        steps.step_of(configure("sample", task="detect"))
+    photographs = configure("cpu", dataset="folder:x", data_options={"size": 112}, batch_size=2)
+    assert steps.random_batch(photographs)[0].shape == (2, 3, 112, 112)
+
+
+def test_steps_are_timed_in_turns_and_compared_within_a_round(monkeypatch, tmp_path):
+    c = small_rows()
+    taken = {c.rows[0]: [1.0, 10.0, 2.0], c.rows[1]: [2.0, 15.0, 6.0], "again": [1.0, 12.0, 2.0]}
+    asked = []
+
+    def turns(runs, device, budget, clock):
+        asked.append((list(runs), device.type, budget, clock))
+        return taken
+
+    monkeypatch.setattr(steps, "take_turns", turns)
+    found = steps.step_times(c, 7.0)
+    assert asked == [([*c.rows, "again"], "cpu", 7.0, time.process_time)]
+    assert (found.experiment, found.rounds) == ("tiny", 3)
+    assert [found.ratio(row.config) for row in c.rows] == [1.0, 2.0]
+    assert found.ratio(c.rows[0].config.model_copy(update={"seed": 7})) == 1.0, "of any seed"
+    assert found.ratio(configure("sample", attention="cbam")) is None
+    assert (found.noise.low, found.noise.median, found.noise.high) == (1.0, 1.0, 1.2)
+    assert steps.load_steps("tiny", tmp_path) is None
+    steps.steps_path("tiny", tmp_path).write_text(found.model_dump_json())
+    assert steps.load_steps("tiny", tmp_path) == found
+
+
+def test_the_rows_of_the_equal_time_control_are_measured():
+    for name in ("cifar100-resnet20", "controls"):
+        found, c = steps.load_steps(name), co.compare(name, results=[])
+        assert [found.ratio(row.config) for row in c.rows].count(None) == 0, f"scsa-book bench steps {name}"
+        assert found.ratio(c.rows[0].config) == 1 and abs(found.noise.median - 1) < 0.05
+        assert found.machine.threads == 1 and found.code.dirty is False
 
 
 # ---- claims

@@ -63,7 +63,7 @@ class RowTime(BaseModel):
 
     label: str
     step: Spread  # seconds of processor time
-    ratio: Spread  # to the baseline of the row, round by round
+    ratio: Spread  # to the first row of the experiment, round by round
 
 
 class StepTimes(BaseModel):
@@ -79,7 +79,7 @@ class StepTimes(BaseModel):
     seconds: float
 
     def ratio(self, config: RunConfig) -> float | None:
-        "Median of a row's ratio to its baseline; None for a configuration that was not measured."
+        "Median of a row's ratio to the first row; None for a configuration that was not measured."
         found = self.rows.get(digest(config))
         return found and found.ratio.median
 
@@ -93,12 +93,12 @@ def step_times(
     runs = {row: step_of(row.config) for row in c.rows}
     runs["again"] = step_of(c.rows[0].config)
     taken = take_turns(runs, torch.device("cpu"), budget, time.process_time)
-    rows = {}
+    first, rows = taken[c.rows[0]], {}
     for row in c.rows:
-        against = ratios(taken[row], taken[c.baseline(row) or row])
         label = ", ".join(filter(None, (row.label, row.position)))
-        rows[digest(row.config)] = RowTime(label=label, step=spread(taken[row]), ratio=against)
-    noise, rounds = ratios(taken["again"], taken[c.rows[0]]), len(taken["again"])
+        times = {"step": spread(taken[row]), "ratio": ratios(taken[row], first)}
+        rows[digest(row.config)] = RowTime(label=label, **times)
+    noise, rounds = ratios(taken["again"], first), len(first)
     parts = {"rows": rows, "noise": noise, "seconds": time.perf_counter() - start}
     return StepTimes(experiment=c.name, rounds=rounds, **parts, **measured_on(torch.device("cpu")))
 
@@ -123,6 +123,6 @@ def steps_command(name: str, budget: float = 180.0) -> None:
     found = step_times(compare(name, results=[]), budget)
     for row in found.rows.values():
         between = f"{row.ratio.median:.2f} ({row.ratio.low:.2f} to {row.ratio.high:.2f})"
-        print(f"{row.label:<40} {row.step.median * 1e3:8.1f} ms, {between} times its baseline")
+        print(f"{row.label:<40} {row.step.median * 1e3:8.1f} ms, {between} times the first row")
     print(f"noise {found.noise.median:.3f}; {found.rounds} rounds in {found.seconds:.0f} s")
     print(write_atomic(steps_path(name), found.model_dump_json(indent=1) + "\n"))
