@@ -430,7 +430,8 @@ def test_steps_are_timed_in_turns_and_compared_within_a_round(monkeypatch, tmp_p
     assert found.ratio(c.rows[0].config.model_copy(update={"seed": 7})) == 1.0, "of any seed"
     assert found.ratio(configure("sample", attention="cbam")) is None
     assert (found.noise.low, found.noise.median, found.noise.high) == (1.0, 1.0, 1.2)
-    assert steps.load_steps("tiny", tmp_path) is None
+    with pytest.raises(FileNotFoundError, match="`scsa-book bench steps tiny` measures tiny"):
+        steps.load_steps("tiny", tmp_path)
     steps.steps_path("tiny", tmp_path).write_text(found.model_dump_json())
     assert steps.load_steps("tiny", tmp_path) == found
 
@@ -636,6 +637,7 @@ def show(tmp_path, monkeypatch):
     (tmp_path / "_quarto.yml").touch()
     (tmp_path / "data").symlink_to(ROOT / "data")
     (tmp_path / "nbs/results").mkdir(parents=True)
+    (tmp_path / "nbs/results/speed").symlink_to(ROOT / "nbs/results/speed")
     (tmp_path / "nbs/runs").mkdir()
     listed = ROOT / "nbs/runs/experiments.yml"
     (tmp_path / "nbs/runs/experiments.yml").write_bytes(listed.read_bytes())
@@ -689,6 +691,10 @@ def test_the_page_of_controls_compares_with_the_larger_network(show):
     by_name = {row[0]: row for row in size}
     assert by_name["SCSA, before the last convolution"][2].startswith("−1.00")
     assert by_name["no attention"][1] == "below" and by_name["no attention"][2].startswith("−2.00")
+    caption = 'aria-label="Every mechanism minus the plain network, at equal training time'
+    equal = entries(re.search(rf"{caption}.*?</table>", shown, re.S)[0])
+    c, times = co.compare("cifar100-resnet20"), steps.load_steps("cifar100-resnet20")
+    assert [row[-1] for row in equal] == [f"{times.ratio(row.config):.2f}" for row in c.rows[1:]]
 
 
 def test_the_page_of_the_gain_says_what_the_factor_alone_costs(show):

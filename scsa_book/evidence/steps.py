@@ -108,10 +108,12 @@ def steps_path(name: str, folder: Path | None = None) -> Path:
     return (folder or results_folder("speed")) / f"experiment-{name}.json"
 
 
-def load_steps(name: str, folder: Path | None = None) -> StepTimes | None:
-    "The measured times of an experiment; None where there are none."
+def load_steps(name: str, folder: Path | None = None) -> StepTimes:
+    "The measured times of an experiment; FileNotFoundError names the command that measures them."
     path = steps_path(name, folder)
-    return StepTimes.model_validate_json(path.read_text("utf-8")) if path.is_file() else None
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: `scsa-book bench steps {name}` measures {name}")
+    return StepTimes.model_validate_json(path.read_text("utf-8"))
 
 # %% ../../nbs/evidence/steps.ipynb #d2d1380b
 def steps_command(name: str, budget: float = 180.0) -> None:
