@@ -398,8 +398,10 @@ expected = module(x)
 with torch.autocast("cpu", torch.bfloat16):
     y = module(x)
 y.float().sum().backward()
-found = module.bfloat16()(x.bfloat16())
-for t in (y, found):
+narrow = x.bfloat16()
+found = module.bfloat16()(narrow)
+traced = torch.jit.trace(module, narrow)(narrow)
+for t in (y, found, traced):
     assert torch.allclose(t.float(), expected, atol=0.03), (t.float() - expected).abs().max()
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

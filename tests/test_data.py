@@ -422,6 +422,20 @@ def test_worker_processes_change_no_image():
     assert torch.equal(batches(0), batches(2))
 
 
+class Slow(torch.utils.data.Dataset):
+    def __getitem__(self, batch):
+        time.sleep(0.1)
+        return batch.indices
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_counts_what_its_batches_take_and_not_what_is_done_with_them(workers):
+    loader = loading.loader(Slow(), loading.EpochSampler(4, 2, seed=1), workers)  # two batches
+    for _ in loader:
+        time.sleep(1)
+    assert 0.1 <= loader.waited < 2
+
+
 def test_loading_draws_nothing_from_the_runs_own_generator():
     torch.manual_seed(9)
     state = torch.random.get_rng_state()

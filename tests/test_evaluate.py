@@ -14,10 +14,10 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
 
-from scsa_book import cli
+from scsa_book import cli, paths
 from scsa_book.evidence import ledger
 from scsa_book.networks import authors
-from scsa_book.paths import embedded
+from scsa_book.paths import DataError, embedded
 from scsa_book.training.config import Execution, configure
 from scsa_book.training.evaluate import (
     DEFAULT,
@@ -337,3 +337,16 @@ def test_networks_of_the_book_are_small_and_can_be_loaded(path):
     else:
         image = torch.zeros(1, *TASKS["classify"].facts(run.config.dataset).shape)
         assert network(image).shape == (1, len(classes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", kept_networks(), ids=lambda path: path.stem)
+def test_networks_of_the_book_have_the_accuracy_that_they_state(path, where):
+    "On all test images, to the last; needs SCSA_BOOK_DATA for datasets that the book does not hold."
+    run = load_kept(path).run
+    try:
+        TASKS[run.config.task].load(run.config, paths.data_root())
+    except DataError as error:
+        pytest.skip(str(error))
+    result, *_ = whole(path, where, paths.data_root(), batch_size=50)
+    assert result.metrics == (run.kept or {name: run.final[name] for name in result.metrics})

@@ -68,6 +68,7 @@ def test_the_page_lists_every_kernel():
     stored = kernels.KernelsResult.model_validate_json(kernels.kernels_path().read_text("utf-8"))
     assert_fits(kernels, stored.rows)
     assert {row.capability for row in stored.rows} == set(kernels.CAPABILITIES)
+    assert {row.dtype for row in stored.rows} == {"bfloat16", "float16", "float32"}
 
 
 # ---- faults

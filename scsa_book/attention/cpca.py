@@ -12,7 +12,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .base import Attention, Authors, Entry, check_positive
 from ..operators.pooling import global_average, global_maximum
@@ -51,9 +50,12 @@ def of_strips(pair: nn.Sequential, u: Tensor) -> Tensor:
     "`pair(u)`, in single precision where bfloat16 may not end."
     if u.device.type != "cpu" or u.dtype != torch.bfloat16 or pair[0].kernel_size[1] <= NARROW:
         return pair(u)
-    wide = {name: p.float() for name, p in pair.named_parameters()}
+    y = u.float()
     with torch.autocast("cpu", enabled=False):
-        return functional_call(pair, wide, u.float()).to(u.dtype)
+        for conv in pair:
+            weight, bias = conv.weight.float(), conv.bias.float()
+            y = F.conv2d(y, weight, bias, padding=conv.padding, groups=conv.groups)
+    return y.to(u.dtype)
 
 # %% ../../nbs/hybrid/cpca.ipynb #8693c826
 class Neighbourhoods(nn.Module):

@@ -91,7 +91,7 @@ def crops_at_once(
 # %% ../../nbs/training/data.ipynb #397dd589
 def crops_in_turn(padded: Tensor, shape: torch.Size, *drawn: Tensor) -> Tensor:
     "The same, image by image, on a CPU."
-    (height, width), crops = shape[2:], torch.empty(shape, dtype=padded.dtype)
+    (height, width), crops = shape[2:], padded.new_empty(shape)
     offsets = (t.tolist() for t in drawn)
     for crop, image, top, left, mirrored in zip(crops.numpy(), padded.numpy(), *offsets, strict=True):
         part = image[:, top : top + height, left : left + width]

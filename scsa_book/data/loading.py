@@ -120,18 +120,17 @@ class Loader(DataLoader):
     waited = 0.0  # seconds, for all batches so far
 
     def __iter__(self) -> Iterator:
+        asked = time.perf_counter()  # before worker processes start
         # in this process, DataLoader's own steps take a quarter as long as reading a batch of CIFAR
         here = self.num_workers == 0 and not self.pin_memory
         batches = map(self.dataset.__getitem__, self.sampler) if here else super().__iter__()
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
+        while (batch := next(batches, None)) is not None:
             self.waited += time.perf_counter() - asked
-            if batch is None:
-                return
             if isinstance(batch, DataError):
                 raise batch
             yield batch
+            asked = time.perf_counter()
+        self.waited += time.perf_counter() - asked
 
 # %% ../../nbs/training/loading.ipynb #fc4b3c42
 def loader(dataset: Dataset, sampler: EpochSampler, workers: int) -> Loader:

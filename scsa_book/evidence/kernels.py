@@ -183,7 +183,7 @@ class KernelsResult(BaseModel):
 
 def build_all(
     capabilities: Sequence[int] = CAPABILITIES,
-    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16, torch.float32),
     orders: Sequence[bool] = (True, False),  # channels last
     shape: Sequence[int] = (8, 256, 56, 56),
 ) -> KernelsResult:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .choice import operator
-from .memory import FAR, several_images
+from .memory import FAR, is_channels_last, several_images
 from .pooling import global_average, global_maximum
 
 # %% ../../nbs/operators/mean-and-maximum.ipynb #cb150182
@@ -24,7 +24,7 @@ def mean_and_maximum(
 # %% ../../nbs/operators/mean-and-maximum.ipynb #19a64559
 @mean_and_maximum.on("cpu", composed=mean_and_maximum.written)
 def mean_and_maximum_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.numel() <= FAR:
+    if x.numel() <= FAR or is_channels_last(x):
         return mean_and_maximum.written(x)
     means, largest = (x.new_empty(*x.shape[:2], 1, 1) for _ in range(2))
     for images, mean, maximum in several_images(x, means, largest):

@@ -46,7 +46,7 @@ def pieces(
     x: Tensor,  # (B, C, H, W)
     *others: Tensor,  # (B, C, ...)
     numbers: int = CACHED,  # of a piece of x
-) -> Iterable[tuple[Tensor, ...]]:  # (N, ...) of each; image by image (1, C, ...)
+) -> Iterable[tuple[Tensor, ...]]:  # (N, ...) of each, or (N, C, ...) of whole images
     "As many channels as a cache holds, or as many images where channels are side by side."
     if x.numel() <= numbers:
         return [(x, *others)]

@@ -9,7 +9,6 @@ __all__ = ['POSITIONS', 'CHANNELS', 'mean', 'spread', 'maximum_of_positions', 'p
 # %% ../../nbs/operators/positions.ipynb #5bf8c2e0
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -27,7 +27,7 @@ CLASSIFY = {
     },
     "gpu": {
         "dataset": "cifar100", "network": "resnet50-small", **CAT_CIFAR,
-        "precision": "bf16-mixed", "channels_last": True, "compile": True,
+        "precision": "bf16-mixed", "channels_last": True,
     },
     "paper": {"dataset": "imagenet", "network": "resnet50"},
 }  # fmt: skip
