@@ -479,6 +479,19 @@ def test_a_claim_is_compared_at_the_position_of_its_own_mechanism():
     assert {row.config.position for row in only} == {"before_add"}, "the only one there is"
 
 
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("bccd", "before_add"), ("camvid", "before_add")]
+    + [("bccd-trained", "before_last_conv"), ("camvid-trained", "before_last_conv")],
+)
+def test_detection_and_segmentation_have_claims_at_both_positions(name, where):
+    found = claims.all_outcomes(results=[])[name]
+    assert {row.config.position for o in found for row in o.rows if row.config.attention} == {where}
+    assert {o.claim.own.source for o in found} >= {"scsa"}
+    page = "".join("".join(cell["source"]) for cell in cells_of(ROOT / "nbs/results/claims.ipynb", "code"))
+    assert f'section("{name}")' in page
+
+
 @pytest.mark.parametrize(("scsa", "said"), [(31.0, "holds"), (27.0, "opposite"), (None, "not run")])
 def test_the_verdict_of_a_claim_needs_the_printed_sign(scsa, said):
     values = {0: 28.0, 9: 29.0} | ({16: scsa} if scsa else {})
@@ -736,5 +749,5 @@ def test_the_report_counts_what_is_there(show):
     outcome = entries(re.search(r'aria-label="Experiments, and.*?</table>', shown, re.S)[0])
     [line] = [row for row in outcome if row[0] == "cifar100"]
     assert line[2:] == ["9 of 51", "16", "1", "1", ""]
-    assert "44 have no pair of runs yet" in shown
+    assert "65 have no pair of runs yet" in shown
     assert "cpu" in shown and "cifar100 (9 runs)" in shown
