@@ -1296,6 +1296,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'scsa_book/evidence/comparisons.py'),
                                                 'scsa_book.evidence.comparisons.pooled_std': ( 'evidence/comparisons.html#pooled_std',
                                                                                                'scsa_book/evidence/comparisons.py'),
+                                                'scsa_book.evidence.comparisons.position_sentence': ( 'evidence/comparisons.html#position_sentence',
+                                                                                                      'scsa_book/evidence/comparisons.py'),
                                                 'scsa_book.evidence.comparisons.power_sentence': ( 'evidence/comparisons.html#power_sentence',
                                                                                                    'scsa_book/evidence/comparisons.py'),
                                                 'scsa_book.evidence.comparisons.printed': ( 'evidence/comparisons.html#printed',

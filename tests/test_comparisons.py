@@ -612,6 +612,29 @@ def test_a_sentence_says_no_more_than_the_verdicts():
     assert co.sentence(ablation).endswith("recipe: without-smsa and without-pcsa are below scsa.")
 
 
+def test_a_verdict_has_its_position_beside_it():
+    said = {name: co.position_sentence(co.compare(name, results=[])) for name in ("bccd", "camvid-trained")}
+    assert said["bccd"] == (
+        "Every mechanism is before the addition here; "
+        "the authors of SCSA have it before the last convolution."
+    )
+    assert said["camvid-trained"] == (
+        "Every mechanism is before the last convolution here; "
+        "the authors of SE, SA and CAT have it before the addition."
+    )
+    with pytest.raises(ValueError, match="cifar100 has mechanisms at 2 positions"):
+        co.position_sentence(co.compare("cifar100", results=[]))
+
+
+@pytest.mark.parametrize(
+    ("page", "where", "many"),
+    [("scenes", "before the addition", 12 + 3 + 3), ("scenes-trained", "before the last convolution", 8)],
+)
+def test_the_pages_of_scenes_have_the_position_in_every_row(show, page, where, many):
+    rows = [row for shown in re.findall(r"<table>.*?</table>", show(page), re.S) for row in entries(shown)]
+    assert [row[2] for row in rows if len(row) > 5].count(where) == many
+
+
 def test_panels_are_positions():
     shown = co.panels(co.compare("cifar100", results=[]))
     assert list(shown) == ["before the addition", "before the last convolution"]
