@@ -2756,8 +2756,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'scsa_book/networks/trunks.py'),
                                            'scsa_book.networks.trunks.caffe_stride': ( 'networks/trunks.html#caffe_stride',
                                                                                        'scsa_book/networks/trunks.py'),
-                                           'scsa_book.networks.trunks.initialise': ( 'networks/trunks.html#initialise',
-                                                                                     'scsa_book/networks/trunks.py'),
                                            'scsa_book.networks.trunks.mobile_trunk': ( 'networks/trunks.html#mobile_trunk',
                                                                                        'scsa_book/networks/trunks.py'),
                                            'scsa_book.networks.trunks.narrow': ( 'networks/trunks.html#narrow',

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, cells_of
 from scipy import stats
 
+from scsa_book.attention import registry
 from scsa_book.evidence import claims, contrasts, curves, ledger, planned, recount, steps
 from scsa_book.evidence import comparisons as co
 from scsa_book.evidence.cost import parameters
@@ -263,8 +264,31 @@ def test_a_setting_without_a_plain_row_has_no_baseline():
 
 def test_a_gain_is_compared_with_the_plain_network():
     c = co.compare("gain", results=[])
-    assert {c.baseline(row).label for row in c.rows} == {"no attention"}
-    assert len(c.differences) == len(c.rows) - 1
+    zero = [row for row in c.rows if row.config.network_options]
+    assert {c.baseline(row).label for row in c.rows if row not in zero} == {"no attention"}
+    assert [c.baseline(row) for row in zero] == [zero[0]] * 2, "begins at zero, too"
+    assert len(c.differences) == len(c.rows) - 2
+
+
+@pytest.mark.parametrize("name", ["gain", "gain-resnet20", "gain-duration"])
+def test_a_gain_is_the_initial_one_of_the_registry_divided_out(name):
+    found = {row.label: row.config for row in co.compare(name, results=[]).rows if row.config.gain != 1}
+    for label, config in found.items():
+        if config.attention:
+            stated = registry.INITIAL_GAINS[config.attention]
+            assert label == f"{config.attention.upper()} / {stated:g}" and f"plain × {stated:g}" in found
+            assert config.gain * stated == pytest.approx(1, abs=0.025)
+        else:
+            assert label == f"plain × {config.gain:g}"
+
+
+def test_committed_results_keep_their_ids():
+    paths = list((ROOT / "nbs/results/cpu").glob("*.json"))
+    assert len(paths) > 200
+    for path in paths:
+        stored = RunResult.model_validate_json(path.read_text("utf-8"))
+        given = {name: value for name, value in stored.config.model_dump().items() if value is not None}
+        assert configure(**given).id == stored.id == path.stem
 
 
 def test_a_family_is_corrected_for_all_planned_comparisons():
