@@ -349,4 +349,6 @@ def test_networks_of_the_book_have_the_accuracy_that_they_state(path, where):
     except DataError as error:
         pytest.skip(str(error))
     result, *_ = whole(path, where, paths.data_root(), batch_size=50)
-    assert result.metrics == (run.kept or {name: run.final[name] for name in result.metrics})
+    stated = run.kept or {name: run.final[name] for name in result.metrics}
+    # less than one image in 10,000; the precision of a detection's score may move its rank
+    assert result.metrics == pytest.approx(stated, abs=0.005)
