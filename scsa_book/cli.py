@@ -9,8 +9,8 @@ __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot',
            'of_this_interpreter', 'kernel', 'execute', 'execute_in', 'is_locked', 'in_words', 'make_run', 'run',
            'sweep', 'job', 'beside_the_claim', 'evaluation_page', 'execute_evaluation', 'evaluate', 'keep',
            'network_of_file', 'export_network', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger',
-           'modules', 'gpu', 'kernels', 'network_to_see', 'cam', 'networks', 'memory_gib', 'devices', 'data_found',
-           'quarto_found', 'findings', 'doctor']
+           'modules', 'steps', 'gpu', 'kernels', 'network_to_see', 'cam', 'networks', 'memory_gib', 'devices',
+           'data_found', 'quarto_found', 'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -627,6 +627,17 @@ def modules(
 
     how = {"device": device, "dtype": dtype, "layout": layout, "compiled": compiled}
     speed.command(names or (), budget, **how)
+
+# %% ../nbs/reference/command-line.ipynb #4a2add35
+@bench.command()
+def steps(
+    name: Annotated[str, typer.Argument(help="Of an experiment of the task classify.")],
+    budget: Annotated[float, typer.Option(help="Seconds of rounds.")] = 180.0,
+) -> None:
+    "A training step of each row of an experiment, alternately on the CPU; the result is stored."
+    from scsa_book.evidence.steps import steps_command
+
+    steps_command(name, budget)
 
 # %% ../nbs/reference/command-line.ipynb #3c2f3669
 @bench.command()

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import time
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import combinations
@@ -9,17 +10,20 @@ from itertools import combinations
 import matplotlib.pyplot as plt
 import pytest
 import repository
+import torch
 from conftest import ROOT, cells_of
 from scipy import stats
 
-from scsa_book.evidence import claims, contrasts, curves, ledger, planned, recount
+from scsa_book.attention import registry
+from scsa_book.evidence import claims, contrasts, curves, ledger, planned, recount, steps
 from scsa_book.evidence import comparisons as co
 from scsa_book.evidence.cost import parameters
 from scsa_book.evidence.power import smallest_difference
 from scsa_book.evidence.published import cells, tables
+from scsa_book.evidence.speed import Spread
 from scsa_book.evidence.statistics import summarise
 from scsa_book.networks.build import shapes_only
-from scsa_book.training.config import ConfigError, configure
+from scsa_book.training.config import ConfigError, configure, digest
 from scsa_book.training.experiments import Experiment, experiment
 from scsa_book.training.result import Code, Data, Epoch, Machine, RunResult
 from scsa_book.training.tasks import TASKS, build_network
@@ -260,8 +264,31 @@ def test_a_setting_without_a_plain_row_has_no_baseline():
 
 def test_a_gain_is_compared_with_the_plain_network():
     c = co.compare("gain", results=[])
-    assert {c.baseline(row).label for row in c.rows} == {"no attention"}
-    assert len(c.differences) == len(c.rows) - 1
+    zero = [row for row in c.rows if row.config.network_options]
+    assert {c.baseline(row).label for row in c.rows if row not in zero} == {"no attention"}
+    assert [c.baseline(row) for row in zero] == [zero[0]] * 2, "begins at zero, too"
+    assert len(c.differences) == len(c.rows) - 2
+
+
+@pytest.mark.parametrize("name", ["gain", "gain-resnet20", "gain-duration"])
+def test_a_gain_is_the_initial_one_of_the_registry_divided_out(name):
+    found = {row.label: row.config for row in co.compare(name, results=[]).rows if row.config.gain != 1}
+    for label, config in found.items():
+        if config.attention:
+            stated = registry.INITIAL_GAINS[config.attention]
+            assert label == f"{config.attention.upper()} / {stated:g}" and f"plain × {stated:g}" in found
+            assert config.gain * stated == pytest.approx(1, abs=0.025)
+        else:
+            assert label == f"plain × {config.gain:g}"
+
+
+def test_committed_results_keep_their_ids():
+    paths = list((ROOT / "nbs/results/cpu").glob("*.json"))
+    assert len(paths) > 200
+    for path in paths:
+        stored = RunResult.model_validate_json(path.read_text("utf-8"))
+        given = {name: value for name, value in stored.config.model_dump().items() if value is not None}
+        assert configure(**given).id == stored.id == path.stem
 
 
 def test_a_family_is_corrected_for_all_planned_comparisons():
@@ -355,18 +382,90 @@ def test_a_curve_has_the_mean_and_the_range_over_seeds():
     plt.close("all")
 
 
-def test_equal_time_takes_the_epochs_that_fit():
+def times_of(c, ratios):
+    "Step times in which the rows at some indices have these ratios to the first."
+    same = Spread(low=1.0, median=1.0, high=1.0)
+    rows = {
+        digest(c.rows[i].config): steps.RowTime(
+            label="", step=same, ratio=Spread(low=ratio, median=ratio, high=ratio)
+        )
+        for i, ratio in ratios.items()
+    }  # fmt: skip
+    machine, code = Machine(device="cpu", devices=1, threads=1, versions={}), Code(commit=None, dirty=None)
+    return steps.StepTimes(
+        experiment=c.name, rounds=1, rows=rows, noise=same, machine=machine, code=code,
+        measured=datetime(2026, 1, 1, tzinfo=timezone.utc), seconds=1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("ratio", "mean"), [(1.5, -3.0), (0.8, 2.0), (2.5, None), (None, None)])
+def test_equal_time_takes_the_epochs_that_fit(ratio, mean):
     [plain], [slow] = (results_of("cifar100", {i: v}, (0,)) for i, v in ((0, 28.0), (9, 30.0)))
-    slow.epochs[0].train_seconds, slow.epochs[1].train_seconds = 1.5, 90.0  # the second one was disturbed
-    c = co.compare("cifar100", results=[plain, slow])
-    se, eca = c.rows[9:11]
-    assert curves.slowdown(se, c.rows[0]) == 1.5 and curves.slowdown(eca, c.rows[0]) is None
+    se = co.compare("cifar100", results=[plain, slow]).rows[9]
     assert [curves.after(se, "top1", n) for n in (0, 1, 2, 3)] == [{}, {0: 25.0}, {0: 30.0}, {}]
-    short = replace(se, config=se.config.model_copy(update={"epochs": 2}))
-    base = replace(c.rows[0], config=c.rows[0].config.model_copy(update={"epochs": 2}))
+    base = co.compare("cifar100", results=[plain]).rows[0]
+    base, short = (replace(r, config=r.config.model_copy(update={"epochs": 2})) for r in (base, se))
     c = co.Comparison("x", "x", (base, short))
     assert c.differences[short].summary.mean == 2.0
-    assert curves.at_equal_time(c)[short].summary.mean == -3.0, "two seconds are one of its epochs"
+    found = curves.at_equal_time(c, times_of(c, {0: 1.0} | ({1: ratio} if ratio else {})))[short]
+    # two epochs of the plain network are one of a row that takes 1.5 times as long, and none of 2.5 times
+    assert (found.summary and found.summary.mean) == mean
+    assert found.reading == ("one pair" if mean else "not run")
+
+
+# ---- time of a training step
+
+
+def small_rows():
+    "Two rows of the embedded sample with batches of eight images."
+    rows = [{"batch_size": 8}, {"batch_size": 8, "attention": "se", "position": "before_add"}]
+    configs = [configure("sample", **row) for row in rows]
+    return co.Comparison("tiny", "tiny", tuple(co.Row(co.label_of(c), c, (0,)) for c in configs))
+
+
+def test_a_step_trains_the_network_of_its_run():
+    config = small_rows().rows[1].config
+    x, labels = steps.random_batch(config)
+    assert (tuple(x.shape), x.dtype, labels.max() < 10) == ((8, 1, 28, 28), torch.uint8, True)
+    torch.manual_seed(0)
+    step = steps.step_of(config)
+    losses = [step().item() for _ in range(6)]
+    assert losses[-1] < losses[0], "it learns the labels of its one batch"
+    with pytest.raises(ValueError, match="task='detect': only steps of the task classify"):
+        steps.step_of(configure("sample", task="detect"))
+    photographs = configure("cpu", dataset="folder:x", data_options={"size": 112}, batch_size=2)
+    assert steps.random_batch(photographs)[0].shape == (2, 3, 112, 112)
+
+
+def test_steps_are_timed_in_turns_and_compared_within_a_round(monkeypatch, tmp_path):
+    c = small_rows()
+    taken = {c.rows[0]: [1.0, 10.0, 2.0], c.rows[1]: [2.0, 15.0, 6.0], "again": [1.0, 12.0, 2.0]}
+    asked = []
+
+    def turns(runs, device, budget, clock):
+        asked.append((list(runs), device.type, budget, clock))
+        return taken
+
+    monkeypatch.setattr(steps, "take_turns", turns)
+    found = steps.step_times(c, 7.0)
+    assert asked == [([*c.rows, "again"], "cpu", 7.0, time.process_time)]
+    assert (found.experiment, found.rounds) == ("tiny", 3)
+    assert [found.ratio(row.config) for row in c.rows] == [1.0, 2.0]
+    assert found.ratio(c.rows[0].config.model_copy(update={"seed": 7})) == 1.0, "of any seed"
+    assert found.ratio(configure("sample", attention="cbam")) is None
+    assert (found.noise.low, found.noise.median, found.noise.high) == (1.0, 1.0, 1.2)
+    with pytest.raises(FileNotFoundError, match="`scsa-book bench steps tiny` measures tiny"):
+        steps.load_steps("tiny", tmp_path)
+    steps.steps_path("tiny", tmp_path).write_text(found.model_dump_json())
+    assert steps.load_steps("tiny", tmp_path) == found
+
+
+def test_the_rows_of_the_equal_time_control_are_measured():
+    for name in ("cifar100-resnet20", "controls"):
+        found, c = steps.load_steps(name), co.compare(name, results=[])
+        assert [found.ratio(row.config) for row in c.rows].count(None) == 0, f"scsa-book bench steps {name}"
+        assert found.ratio(c.rows[0].config) == 1 and abs(found.noise.median - 1) < 0.05
+        assert found.machine.threads == 1 and found.code.dirty is False
 
 
 # ---- claims
@@ -402,6 +501,19 @@ def test_a_claim_is_compared_at_the_position_of_its_own_mechanism():
     assert claims.pair_of(c, claim_of("scsa", "IV", "fca")) is None, "it is not planned"
     only = claims.pair_of(co.compare("bccd", results=[]), claim_of("scsa", "V", "se", "coco2017"))
     assert {row.config.position for row in only} == {"before_add"}, "the only one there is"
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("bccd", "before_add"), ("camvid", "before_add")]
+    + [("bccd-trained", "before_last_conv"), ("camvid-trained", "before_last_conv")],
+)
+def test_detection_and_segmentation_have_claims_at_both_positions(name, where):
+    found = claims.all_outcomes(results=[])[name]
+    assert {row.config.position for o in found for row in o.rows if row.config.attention} == {where}
+    assert {o.claim.own.source for o in found} >= {"scsa"}
+    page = "".join("".join(cell["source"]) for cell in cells_of(ROOT / "nbs/results/claims.ipynb", "code"))
+    assert f'section("{name}")' in page
 
 
 @pytest.mark.parametrize(("scsa", "said"), [(31.0, "holds"), (27.0, "opposite"), (None, "not run")])
@@ -524,6 +636,29 @@ def test_a_sentence_says_no_more_than_the_verdicts():
     assert co.sentence(ablation).endswith("recipe: without-smsa and without-pcsa are below scsa.")
 
 
+def test_a_verdict_has_its_position_beside_it():
+    said = {name: co.position_sentence(co.compare(name, results=[])) for name in ("bccd", "camvid-trained")}
+    assert said["bccd"] == (
+        "Every mechanism is before the addition here; "
+        "the authors of SCSA have it before the last convolution."
+    )
+    assert said["camvid-trained"] == (
+        "Every mechanism is before the last convolution here; "
+        "the authors of SE, SA and CAT have it before the addition."
+    )
+    with pytest.raises(ValueError, match="cifar100 has mechanisms at 2 positions"):
+        co.position_sentence(co.compare("cifar100", results=[]))
+
+
+@pytest.mark.parametrize(
+    ("page", "where", "many"),
+    [("scenes", "before the addition", 12 + 3 + 3), ("scenes-trained", "before the last convolution", 8)],
+)
+def test_the_pages_of_scenes_have_the_position_in_every_row(show, page, where, many):
+    rows = [row for shown in re.findall(r"<table>.*?</table>", show(page), re.S) for row in entries(shown)]
+    assert [row[2] for row in rows if len(row) > 5].count(where) == many
+
+
 def test_panels_are_positions():
     shown = co.panels(co.compare("cifar100", results=[]))
     assert list(shown) == ["before the addition", "before the last convolution"]
@@ -562,6 +697,7 @@ def show(tmp_path, monkeypatch):
     (tmp_path / "_quarto.yml").touch()
     (tmp_path / "data").symlink_to(ROOT / "data")
     (tmp_path / "nbs/results").mkdir(parents=True)
+    (tmp_path / "nbs/results/speed").symlink_to(ROOT / "nbs/results/speed")
     (tmp_path / "nbs/runs").mkdir()
     listed = ROOT / "nbs/runs/experiments.yml"
     (tmp_path / "nbs/runs/experiments.yml").write_bytes(listed.read_bytes())
@@ -615,6 +751,10 @@ def test_the_page_of_controls_compares_with_the_larger_network(show):
     by_name = {row[0]: row for row in size}
     assert by_name["SCSA, before the last convolution"][2].startswith("−1.00")
     assert by_name["no attention"][1] == "below" and by_name["no attention"][2].startswith("−2.00")
+    caption = 'aria-label="Every mechanism minus the plain network, at equal training time'
+    equal = entries(re.search(rf"{caption}.*?</table>", shown, re.S)[0])
+    c, times = co.compare("cifar100-resnet20"), steps.load_steps("cifar100-resnet20")
+    assert [row[-1] for row in equal] == [f"{times.ratio(row.config):.2f}" for row in c.rows[1:]]
 
 
 def test_the_page_of_the_gain_says_what_the_factor_alone_costs(show):
@@ -656,5 +796,5 @@ def test_the_report_counts_what_is_there(show):
     outcome = entries(re.search(r'aria-label="Experiments, and.*?</table>', shown, re.S)[0])
     [line] = [row for row in outcome if row[0] == "cifar100"]
     assert line[2:] == ["9 of 51", "16", "1", "1", ""]
-    assert "44 have no pair of runs yet" in shown
+    assert "65 have no pair of runs yet" in shown
     assert "cpu" in shown and "cifar100 (9 runs)" in shown

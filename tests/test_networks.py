@@ -119,6 +119,24 @@ def test_counts_of_other_networks():
     assert size(stacked) == 47_445_663
 
 
+@pytest.mark.parametrize("name", ["resnet8", "resnet20"])
+def test_residual_branches_of_small_networks_begin_at_zero_if_asked(name):
+    x = torch.rand(2, 16, 8, 8)
+    networks = []
+    for zero in (False, True):
+        torch.manual_seed(0)
+        networks.append(attend(build(name, 10, zero_init=zero), "scsa", position="before_add"))
+    plain, zero = (network.eval() for network in networks)
+    assert torch.equal(zero.layer1[0](x), x) and not torch.equal(plain.layer1[0](x), x)
+    for (key, a), b in zip(plain.state_dict().items(), zero.state_dict().values(), strict=True):
+        last = key.endswith("bn2.weight")
+        assert not b.any() if last else torch.equal(a, b), "the other weights are those of the same seed"
+    zero.train()(torch.rand(2, 3, 32, 32)).sum().backward()
+    assert zero.layer1[0].bn2.weight.grad.any(), "it can grow"
+    with pytest.raises(ValueError, match="resnet18 has no zero_init; it is for resnet8, resnet14"):
+        build("resnet18", 10, zero_init=True)
+
+
 @pytest.mark.parametrize(
     ("make", "name", "options", "expected"),
     [

@@ -140,7 +140,8 @@ def outcomes(c: Comparison, asked: Iterable[Claim]) -> list[Outcome]:
 # %% ../../nbs/evidence/claims.ipynb #320035fd
 EXPERIMENTS = {
     "cifar100-resnet20": "classification", "imagenette": "classification",
-    "bccd": "detection", "camvid": "semantic-segmentation",
+    "bccd": "detection", "bccd-trained": "detection",
+    "camvid": "semantic-segmentation", "camvid-trained": "semantic-segmentation",
 }  # fmt: skip
 
 

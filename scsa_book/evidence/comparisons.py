@@ -7,8 +7,8 @@ __all__ = ['POSITION_LABELS', 'ALPHA', 'UNCLEAR', 'Key', 'Values', 'SEVERAL', 'S
            'label_of', 'Difference', 'differences', 'Comparison', 'compare', 'listed', 'progress', 'recipe',
            'images_seen', 'spent', 'pooled_std', 'detectable', 'power_sentence', 'signed', 'ends', 'mark',
            'with_interval', 'difference_cells', 'difference_columns', 'measured', 'named', 'heads', 'comparison_table',
-           'sentence', 'panels', 'axis_limits', 'draw_panels', 'draw_row', 'show_values', 'drawn_difference',
-           'show_differences', 'printed']
+           'sentence', 'position_sentence', 'panels', 'axis_limits', 'draw_panels', 'draw_row', 'show_values',
+           'drawn_difference', 'show_differences', 'printed']
 
 # %% ../../nbs/evidence/comparisons.ipynb #da80678f
 import math
@@ -340,6 +340,21 @@ def sentence(c: Comparison, rows: Sequence[Row] | None = None) -> str:
         parts.append(f"these runs do not distinguish {listed(unclear)} from {base}")
     said = "; ".join(parts)
     return f"On this test split, with this recipe: {said}." if said else "There is no conclusion yet."
+
+# %% ../../nbs/evidence/comparisons.ipynb #6c5cceca
+def position_sentence(c: Comparison) -> str:
+    "The position that all mechanisms share, and whose authors have another; ValueError without one."
+    shared = {row.position for row in c.rows if row.config.attention}
+    if len(shared) != 1:
+        raise ValueError(f"{c.name} has mechanisms at {len(shared)} positions; a sentence needs one")
+    elsewhere: dict[str, list[str]] = {}
+    for name in dict.fromkeys(row.config.attention for row in c.rows if row.config.attention):
+        theirs = POSITION_LABELS.get(registry.info(name).position, registry.info(name).position)
+        if theirs not in shared:
+            elsewhere.setdefault(theirs, []).append(registry.info(name).name.upper())
+    said = f"Every mechanism is {shared.pop()} here"
+    others = [f"the authors of {listed(names)} have it {theirs}" for theirs, names in elsewhere.items()]
+    return f"{'; '.join([said, *others])}."
 
 # %% ../../nbs/evidence/comparisons.ipynb #4901be4d
 def panels(c: Comparison) -> dict[str, list[Row]]:

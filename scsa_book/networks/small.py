@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 # %% ../../nbs/networks/small-resnets.ipynb #45f3a3b0
 class PadShortcut(nn.Module):
@@ -47,6 +47,7 @@ class SmallResNet(nn.Module):
         in_channels: int = 3,
         width: int = 16,  # channels of the first stage
         shortcut: str = "pad",  # at a new width: "pad" (option A) or "projection" (option B)
+        zero_init: bool = False,  # residual branches begin at zero
     ):
         super().__init__()
         if depth < 8 or depth % 6 != 2:
@@ -58,7 +59,7 @@ class SmallResNet(nn.Module):
         self.layer2 = _stage(depth // 6, width, 2 * width, shortcut)
         self.layer3 = _stage(depth // 6, 2 * width, 4 * width, shortcut)
         self.fc = nn.Linear(4 * width, num_classes)
-        initialise(self)
+        initialise(self, zero_init)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_channels, H, W) -> (B, num_classes)
         x = self.relu(self.bn1(self.conv1(x)))
@@ -75,15 +76,18 @@ def _stage(n: int, width: int, out: int, shortcut: str) -> nn.Sequential:
     return nn.Sequential(first, *(BasicBlock(out, out) for _ in range(n - 1)))
 
 # %% ../../nbs/networks/small-resnets.ipynb #66c053bd
-def initialise(network: nn.Module) -> None:
-    "Normal initialisation of all convolutions by their fan-out."
+def initialise(network: nn.Module, zero_init: bool = False) -> None:
+    "He's rule for convolutions; with `zero_init` the last norms of residual branches are zero."
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if zero_init and isinstance(module, (BasicBlock, Bottleneck)):
+            last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+            nn.init.zeros_(last.weight)
 
 # %% ../../nbs/networks/small-resnets.ipynb #dafc4a69
 def small_resnet(depth: int, num_classes: int, in_channels: int = 3, **options) -> SmallResNet:
-    "ResNet of `depth` 6n + 2 for images of about 32 pixels; `options`: `width`, `shortcut`."
+    "ResNet of `depth` 6n + 2 for about 32 pixels; `options`: `width`, `shortcut`, `zero_init`."
     return SmallResNet(depth, num_classes, in_channels, **options)
 
 # %% ../../nbs/networks/small-resnets.ipynb #c352bee8

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'LAYERS', 'BLOCKS', 'relu', 'stem', 'shortcut', 'Design', 'caffe_stride', 'narrow', 'select',
-           'residual_block', 'reaches', 'residual_stages', 'initialise', 'Trunk', 'PreActivation', 'WideResNet',
-           'mobile_trunk', 'SelectiveConv']
+           'residual_block', 'reaches', 'residual_stages', 'Trunk', 'PreActivation', 'WideResNet', 'mobile_trunk',
+           'SelectiveConv']
 
 # %% ../../nbs/networks/trunks.ipynb #d2f5eb32
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from torchvision.models import MobileNetV2
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ..attention.base import check_choice
+from .small import initialise
 
 # %% ../../nbs/networks/trunks.ipynb #6cc29acd
 def stem(
@@ -172,16 +173,6 @@ def residual_stages(d: Design) -> tuple[list[nn.Sequential], int]:
             channels = width * BLOCKS[d.block].expansion
         stages.append(nn.Sequential(*blocks))
     return stages, channels
-
-# %% ../../nbs/networks/trunks.ipynb #348b4fdd
-def initialise(network: nn.Module, zero_init: bool = False) -> None:
-    "He's rule for convolutions; with `zero_init` the last norms of residual branches are zero."
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if zero_init and isinstance(module, (BasicBlock, Bottleneck)):
-            last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-            nn.init.zeros_(last.weight)
 
 # %% ../../nbs/networks/trunks.ipynb #74a927cd
 class Trunk(nn.Module):

@@ -22,7 +22,7 @@ from torchvision import models
 from ..attention import registry
 from ..attention.registry import unknown
 from ..data import detection, images, segmentation
-from ..networks.build import SCALABLE, build, network_names
+from ..networks.build import SCALABLE, SMALL, build, network_names
 from ..networks.detection import build_detector, detector_names, detector_options
 from ..networks.placement import attend, load_stock
 from ..networks.segmentation import build_segmenter, segmenter_names, segmenter_options
@@ -53,8 +53,8 @@ def load_classification(config, root: Path | None) -> images.ImageDataset:
 
 # %% ../../nbs/training/tasks.ipynb #77ae8e5e
 def classifier_options(name: str) -> type[Options]:
-    "A model of the options of a classifier: none, or the width."
-    return model_of(build, ["width"] if name in SCALABLE else [])
+    "A model of the options of a classifier: `width` and `zero_init`, where it has them."
+    return model_of(build, ["width"] * (name in SCALABLE) + ["zero_init"] * (name in SMALL))
 
 
 def build_classifier(config, classes: int) -> nn.Module:
