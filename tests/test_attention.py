@@ -388,7 +388,7 @@ def test_unknown_names_list_the_known_ones():
 
 
 def test_cpca_in_bfloat16_ends_on_a_cpu():
-    "In a process of its own, for oneDNN may never return."
+    "In a process of its own with a time limit: our guard is what is tested."
     code = """
 import torch
 from scsa_book.attention.cpca import CPCA

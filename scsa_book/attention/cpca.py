@@ -43,11 +43,11 @@ def depthwise(channels: int, height: int, width: int, **kw) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, groups=channels, **kernel, **kw)
 
 # %% ../../nbs/hybrid/cpca.ipynb #6308addc
-NARROW = 11  # positions of a row: the widest kernel that always ends
+NARROW = 11  # positions of a row; kernels up to this may be computed in bfloat16
 
 
 def of_strips(pair: nn.Sequential, u: Tensor) -> Tensor:
-    "`pair(u)`, in single precision where bfloat16 may not end."
+    "`pair(u)`, in single precision where bfloat16 is not safe."
     if u.device.type != "cpu" or u.dtype != torch.bfloat16 or pair[0].kernel_size[1] <= NARROW:
         return pair(u)
     y = u.float()
