@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['has_gradient', 'largest', 'gated_extremes', 'to_extremes', 'gated_extremes_gradient', 'gated_extremes_cpu',
-           'like_factors', 'gated_extremes_gradient_cpu']
+           'like_map_and_gates', 'gated_extremes_gradient_cpu']
 
 # %% ../../nbs/operators/extremes.ipynb #13cd6f5d
 import torch
@@ -55,14 +55,14 @@ def gated_extremes_cpu(x: Tensor, s_c: Tensor) -> Tensor:
     return torch.cat([gated_extremes.written(*images) for images in several_images(x, s_c)])
 
 
-def like_factors(g: Tensor, x: Tensor, s_c: Tensor) -> tuple[Tensor, Tensor]:
+def like_map_and_gates(g: Tensor, x: Tensor, s_c: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(s_c)
 
 
-@gated_extremes_gradient.on("cpu", fake=like_factors)
+@gated_extremes_gradient.on("cpu", fake=like_map_and_gates)
 def gated_extremes_gradient_cpu(g: Tensor, x: Tensor, s_c: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    to_x, to_c = like_factors(g, x, s_c)
+    to_x, to_c = like_map_and_gates(g, x, s_c)
     for v, u, gates, to, sums in several_images(g, x, s_c, to_x, to_c):
         first = (u.to(dtype) * gates).max(1, keepdim=True).indices
         to.copy_((v[:, 1:] / u.shape[1]).expand_as(u)).scatter_add_(1, first, v[:, :1])

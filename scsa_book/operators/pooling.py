@@ -12,7 +12,7 @@ from math import inf
 import torch.nn.functional as F
 from torch import Tensor
 
-from scsa_book.operators.positions import (
+from scsa_book.operators.reductions import (
     CHANNELS,
     POSITIONS,
     maximum_of_channels,
