@@ -202,11 +202,12 @@ def xnnpack_partitioner():
 # %% ../../nbs/deploy/runtimes.ipynb #ab815f7d
 def write_executorch(order: Order, path: Path, xnnpack: bool) -> None:
     from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 
     sizes = order.free(upper=True)
     program = torch.export.export(order.network, (order.example,), dynamic_shapes=sizes)
     kernels = [xnnpack_partitioner()] if xnnpack else None
-    lowered = to_edge_transform_and_lower(program, partitioner=kernels)
+    lowered = to_edge_transform_and_lower(constant_prop_pass(program), partitioner=kernels)
     path.write_bytes(lowered.to_executorch().buffer)
 
 
