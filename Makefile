@@ -67,12 +67,12 @@ check-tests:
 
 # As many processes as half of the cores: the tests have one a core.
 check-chapters:
-	$(BIN)/nbdev-test --n-workers $(shell expr \( $(CORES) + 1 \) / 2) --skip-file-glob 'gpu*.ipynb' \
+	$(SITE)/chapters.py --n-workers $(shell expr \( $(CORES) + 1 \) / 2) --skip-file-glob 'gpu*.ipynb' \
 		$(if $(SLOW),--flags slow)
 
 # Chapters of kernels for a GPU, in a process where Triton interprets from its import on.
 check-kernels:
-	TRITON_INTERPRET=1 $(BIN)/nbdev-test --n-workers 1 --file-glob 'gpu*.ipynb'
+	TRITON_INTERPRET=1 $(SITE)/chapters.py --n-workers 1 --file-glob 'gpu*.ipynb'
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab nbs

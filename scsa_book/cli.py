@@ -14,6 +14,7 @@ __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot',
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
+import importlib
 import itertools
 import os
 import signal
@@ -353,8 +354,11 @@ def sweep(
     data_root: DataRoot = None,
 ) -> None:
     "Execute all runs of some experiments; finished ones are skipped."
+    from scsa_book.paths import importing
     from scsa_book.training import sweep as sweeps
 
+    with importing():  # PyTorch, which every configuration needs
+        importlib.import_module("scsa_book.training.tasks")
     if status:
         return sweeps.show_status(*names, preset=preset, seeds=seeds)
     how = {"preset": preset, "seeds": seeds, "cores": cores, "profile": profile}

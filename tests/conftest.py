@@ -12,8 +12,6 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
 # A grammar of addresses that nbformat could check with, and that takes a second of every process to import.
 sys.modules.setdefault("rfc3987_syntax", None)
@@ -60,6 +58,9 @@ def cells_of(path, kind=None):
 
 def shake(network):
     "Random statistics and affine values, and no γ at zero, so that no layer is the identity."
+    import torch  # here, since the process that hands out the tests needs none
+    from torch import nn
+
     generator = torch.Generator().manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -69,8 +69,10 @@ def made(event, values):  # the processes that report are forked, and inherit th
         raise OSError("no request leaves a test")
 
 sys.addaudithook(made)
-import torch
-from scsa_book.deploy.export import export
+from scsa_book.paths import importing
+with importing():
+    import torch
+    from scsa_book.deploy.export import export
 export(torch.nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8), "openvino", sys.argv[1])
 """
 

@@ -74,7 +74,9 @@ sweep.job(Path(folder), run_id, execute)
 
 DRIVER = """
 import sys
-from scsa_book.training import sweep
+from scsa_book.paths import importing
+with importing():
+    from scsa_book.training import sweep, tasks
 sweep.JOB = (sys.argv[1],)
 given = eval(sys.argv[2])
 sweep.sweep(given.pop("name"), **given)

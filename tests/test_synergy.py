@@ -38,6 +38,9 @@ VERSIONS = ABLATIONS | {
     },
 }
 VERSION = pytest.mark.parametrize("name", VERSIONS)
+# To record a module takes seconds: the quick tests do it once for each kind; `much-at-once` has most options.
+RECORDED = {"scsa", "without-smsa", "without-pcsa", "without-progressive-compression", "bn-for-gn"}
+RECORDED |= {"much-at-once"}
 
 
 def build(name, channels=16, seed=0, **kw):
@@ -312,7 +315,9 @@ def test_autocast_and_copies(name):
         assert torch.equal(copied(x), y)
 
 
-@VERSION
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in RECORDED else pytest.mark.slow) for n in VERSIONS]
+)
 def test_compiles_whole_and_exports(name):
     torch._dynamo.reset()
     module, graphs = build(name).eval(), []

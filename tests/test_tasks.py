@@ -92,9 +92,11 @@ def test_two_runs_are_equal_to_the_last_bit_and_workers_change_nothing(task, whe
 
 CHILD = """
 import sys, time
-from scsa_book.training.config import Execution, RunConfig
-from scsa_book.training.run import fit, task_class
-from scsa_book.training.tasks import TASKS, build_network
+from scsa_book.paths import importing
+with importing():
+    from scsa_book.training.config import Execution, RunConfig
+    from scsa_book.training.run import fit, task_class
+    from scsa_book.training.tasks import TASKS, build_network
 
 config = RunConfig.model_validate_json(sys.argv[1])
 kind = task_class(config.task)

@@ -293,10 +293,12 @@ def test_a_compiled_network_keeps_its_names_and_can_be_looked_into(where, monkey
 
 CHILD = """
 import sys, time
-from scsa_book.data.images import load_dataset
-from scsa_book.training.config import Execution, RunConfig
-from scsa_book.training.tasks import build_network
-from scsa_book.training.run import Classify, RunInterrupted, fit
+from scsa_book.paths import importing
+with importing():
+    from scsa_book.data.images import load_dataset
+    from scsa_book.training.config import Execution, RunConfig
+    from scsa_book.training.tasks import build_network
+    from scsa_book.training.run import Classify, RunInterrupted, fit
 
 step = Classify.training_step
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 # %% ../../nbs/training/devices.ipynb #4e78430b
 import torch
+from ..paths import importing
 from .config import ConfigError, Execution, RunConfig, must_be_known
 from .processes import leave_with_parent
 from .result import require_space, run_folder
@@ -144,10 +145,11 @@ def received(folder: Path, code: int):
 # %% ../../nbs/training/devices.ipynb #b15b5b32
 def work(folder: Path) -> None:
     "One process of a run: trains, and leaves the outcome or the error in `folder`."
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-    from scsa_book.training.run import train
-
     leave_with_parent()
+    with importing():
+        from lightning.pytorch.utilities.rank_zero import rank_zero_only
+        from scsa_book.training.run import train
+
     try:
         done = train(*pickle.loads((folder / "given").read_bytes()))
     except Exception as error:
