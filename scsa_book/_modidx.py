@@ -3999,6 +3999,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'scsa_book/training/task.py'),
                                          'scsa_book.training.task.Task.on_validation_epoch_end': ( 'training/task.html#task.on_validation_epoch_end',
                                                                                                    'scsa_book/training/task.py'),
+                                         'scsa_book.training.task.Task.setup': ( 'training/task.html#task.setup',
+                                                                                 'scsa_book/training/task.py'),
                                          'scsa_book.training.task.accuracies': ( 'training/task.html#accuracies',
                                                                                  'scsa_book/training/task.py'),
                                          'scsa_book.training.task.can_be_compiled': ( 'training/task.html#can_be_compiled',
