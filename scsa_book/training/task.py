@@ -107,7 +107,7 @@ class ClassificationMetrics(nn.Module):
 MISCOMPILED = ("cbam", "sge")  # on a GPU; wrong when last compared: PyTorch 2.11, NVIDIA H100
 
 
-def can_be_compiled(config: RunConfig, kind: str) -> bool:
+def can_be_compiled(config: RunConfig, kind: str = "cuda") -> bool:
     "Whether the network is compiled: if configured, and correct on a device of this kind."
     wrong = kind == "cuda" and config.attention in MISCOMPILED
     if config.compile and wrong:
