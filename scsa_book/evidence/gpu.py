@@ -332,8 +332,11 @@ def lines(found: BaseModel) -> Iterator[str]:
     "A part in words, with what is asked of it."
     if isinstance(found, RunRow):
         yield f"run: {found.images_per_second:.0f} images a second, {found.waiting:.1%} waiting (at most 1 %)"
-        if found.against:
-            yield f"{found.against.ratio.median:.2f} times those of {found.against.commit} (at least 10)"
+        yield (
+            f"{found.against.ratio.median:.2f} times those of {found.against.commit} (at least 10)"
+            if found.against
+            else "compared with no other build: --against FOLDER does it, for a checkout there"
+        )
         return
     if isinstance(found, GradientsResult):
         yield from gradient_lines(found)
