@@ -11,6 +11,7 @@ SITE := $(BIN)/python nbs/_site
 WANTED := $(shell { grep -E '^(version|min_python|    )' settings.ini; grep -E '^scsa' pyproject.toml; cat setup.py; } \
 	| cksum | cut -d ' ' -f 1)
 STAMP := .venv/installed-$(WANTED)
+ALL := .venv/all-installed-$(WANTED)
 
 # Byte code is kept, whatever the shell asks for: without it every process compiles all of PyTorch anew, for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -35,6 +36,13 @@ $(STAMP):
 	@rm -f .venv/installed-*
 	@touch $@
 
+# The long tests also write files for the runtimes that `deploy` names.
+$(ALL): $(STAMP)
+	@echo "installing the runtimes into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev,deploy]'
+	@rm -f .venv/all-installed-*
+	@touch $@
+
 book: $(STAMP)
 	@$(SITE)/build.py
 
@@ -48,7 +56,7 @@ test: $(STAMP)
 	@$(CHECKS)
 	@echo "the tests and every cell of the chapters passed"
 
-test-all: $(STAMP)
+test-all: $(ALL)
 	@$(CHECKS) SLOW=yes
 	tests/slurm/run.sh || test $$? -eq 77  # 77: SLURM is not installed
 	@echo "the tests, the long ones too, and every cell of the chapters passed"

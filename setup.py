@@ -29,6 +29,6 @@ setup(
         "see": runs + see,
         "deploy": runs + lines("deploy_requirements"),
         "sweep": sweep,
-        "dev": sweep + see + lines("dev_requirements"),
+        "dev": sweep + see + lines("peers_requirements") + lines("dev_requirements"),
     },
 )

@@ -191,6 +191,8 @@ def test_the_matrix_is_filled_for_runtimes_alone(tmp_path):
             fill(tmp_path / "m.json", "[onnx]")
         with pytest.raises(ValueError, match="unknown runtime 'onxx'. Did you mean 'onnx'"):
             fill(tmp_path / "m.json", ["onxx"])
+    with pytest.raises(ValueError, match="unknown runtime 'coreml'. Known: onnx, .*, litert"):
+        matrix.fill_shares(tmp_path / "m.json", ["coreml"])
     assert not list(tmp_path.iterdir())
 
 

@@ -27,7 +27,7 @@ from scsa_book.explain.localisation import (
 from scsa_book.explain.maps import attention_map, draw_over, photograph, save_png, spatial_map
 from scsa_book.explain.mechanisms import fact
 from scsa_book.explain.receptive_field import contributions, drawn_sides, profile, side_length
-from scsa_book.explain.runs import gate_of, show_gates
+from scsa_book.explain.runs import show_gates
 from scsa_book.networks.build import build
 from scsa_book.networks.placement import attend, maps_of
 from scsa_book.paths import DataError, embedded
@@ -512,8 +512,12 @@ def test_the_page_of_a_run_shows_the_maps_of_every_mechanism(name):
     image = torch.rand(3, 24, 24)
     modules = maps_of(network, image[None])
     show_gates(modules, image)
-    shown = [axis.get_images()[0].get_array() for axis in plt.gcf().axes[1:4]]
+    grid = plt.gcf().axes[: (1 + len(modules)) * len(next(iter(modules.values())))]
+    columns = [grid[i :: 1 + len(modules)] for i in range(1, 1 + len(modules))]
+    for axes, maps in zip(columns, modules.values(), strict=True):
+        for axis, (factor, weights) in zip(axes, maps.items(), strict=True):
+            bars, values = [bar.get_height() for bar in axis.patches], weights[0]
+            drawn = torch.tensor(bars) if bars else torch.from_numpy(axis.get_images()[0].get_array().data)
+            expected = values.flatten() if bars else values.reshape(-1, *values.shape[-2:]).mean(0)
+            assert axis.get_ylabel() == factor and torch.equal(drawn, expected)
     plt.close("all")
-    for drawn, maps in zip(shown, modules.values(), strict=True):  # one a block, of which there are three
-        gate = gate_of(maps)
-        assert torch.equal(torch.from_numpy(drawn.data), gate if gate.dim() == 2 else gate.mean(0))

@@ -1,5 +1,6 @@
 """Attention in a YOLO of ultralytics: trained, resumed, loaded anew, exported, it is the same network."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+# Before its import: its settings are no file of the user's, and it asks no server.
+os.environ["YOLO_CONFIG_DIR"] = str(ROOT / ".cache/ultralytics")
+os.environ["YOLO_OFFLINE"] = "true"
 pytest.importorskip("ultralytics", reason="pip install ultralytics")
 
 from ultralytics import YOLO
@@ -31,6 +35,17 @@ def output(yolo, x=X):
     "Boxes and scores of the network as it is, (1, 4 + classes, positions)."
     with torch.no_grad():
         return yolo.model.float().eval()(x)[0]
+
+
+def attention_in(network):
+    "The mechanisms that are layers, or those inside of layers."
+    layers = [layer for layer in network.model if isinstance(layer, Attention)]
+    return layers or list(attentions(network).values())
+
+
+def weights(network):
+    "The parameters of its attention as they are saved, in half precision."
+    return [p.detach().half() for m in attention_in(network) for p in m.parameters()]
 
 
 def off(found, expected):
@@ -100,46 +115,54 @@ def as_exported(kind, file):
     return torch.as_tensor(y[0] if isinstance(y, (list, tuple)) else y)
 
 
+def inside(word):
+    "A trainer that puts a mechanism behind two layers, in Python."
+
+    class Inside(attended.AttendedTrainer):
+        def attend(self, network):
+            return attend_modules(network, ["model.4", "model.10"], word.lower(), example=X)
+
+    return Inside
+
+
 @pytest.mark.slow
 @WORDS
-def test_a_row_is_kept(word, squares, tmp_path):
+@pytest.mark.parametrize("way", ["rows", "trainer"])
+def test_attention_is_kept(way, word, squares, tmp_path):
     "Trained, stopped and resumed, loaded anew, exported in all four ways with default options."
-    yolo = made(tmp_path, word)
+    rows = way == "rows"
+    yolo = made(tmp_path, word) if rows else YOLO("yolo11n.yaml")
+    trainer = None if rows else inside(word)
     where = {"data": str(squares / "squares.yaml"), "project": str(tmp_path), "name": "run", **LIKE}
     stop = lambda trainer: setattr(trainer, "stop", trainer.epoch == 0)  # noqa: E731
+    start = []
+    keep = lambda trainer: start.extend(weights(trainer.model))  # noqa: E731
+    yolo.add_callback("on_train_start", keep)
     yolo.add_callback("on_fit_epoch_end", stop)
-    before = [p.half().float() for p in yolo.model.model[5].parameters()]  # as it is saved
-    yolo.train(epochs=2, save_period=1, warmup_epochs=0, nbs=4, **where)
-    trained = YOLO(tmp_path / "run" / "weights" / "last.pt")
-    assert sum(isinstance(m, Attention) for m in trained.model.model) == 2
-    after = trained.model.model[5].parameters()
-    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    yolo.train(trainer=trainer, epochs=2, save_period=1, warmup_epochs=0, nbs=4, **where)
+    after = weights(YOLO(tmp_path / "run" / "weights" / "last.pt").model)
+    assert after and any(not torch.equal(a, b) for a, b in zip(start, after, strict=True))
     resumed = YOLO(tmp_path / "run" / "weights" / "epoch0.pt")
-    resumed.train(resume=True)
+    resumed.train(trainer=trainer, resume=True)
     assert resumed.trainer.epoch == 1
     best = YOLO(resumed.trainer.best)
     expected = output(best)
-    assert sum(isinstance(m, Attention) for m in best.model.model) == 2
+    assert len(attention_in(best.model)) == 2
     assert off(in_a_fresh_process(resumed.trainer.best, tmp_path), expected) < 1e-6
     for kind in ("torchscript", "onnx", "openvino", "ncnn"):
         file = YOLO(resumed.trainer.best).export(format=kind, imgsz=64)
         assert off(as_exported(kind, file), expected) < 1e-3, kind
 
 
-class Inside(attended.AttendedTrainer):
-    def attend(self, network):
-        return attend_modules(network, ["model.4", "model.6"], "scsa", example=X)
-
-
 @pytest.mark.slow
-def test_a_trainer_keeps_attention_inside(squares, tmp_path):
+def test_a_trainer_takes_every_weight(squares, tmp_path):
     where = {"data": str(squares / "squares.yaml"), "project": str(tmp_path), "name": "run", **LIKE}
     yolo = YOLO("yolo11n.yaml")
-    yolo.train(trainer=Inside, epochs=1, **where)
+    yolo.train(trainer=inside("SCSA"), epochs=1, **where)
     again = YOLO(yolo.trainer.last)
     assert len(attentions(yolo.model)) == len(attentions(again.model)) == 2
     network = again.model
-    fresh = Inside(overrides={"model": "yolo11n.yaml", "epochs": 1, **where})
+    fresh = inside("SCSA")(overrides={"model": "yolo11n.yaml", "epochs": 1, **where})
     fresh.data = yolo.trainer.data
     loaded = fresh.get_model(network.yaml, network, verbose=False).state_dict()
     assert all(torch.equal(v.float(), loaded[k].float()) for k, v in network.state_dict().items())

@@ -19,7 +19,7 @@ if importlib.util.find_spec("scsa_book") is None:
     raise ModuleNotFoundError("scsa_book is missing: run `make lab` in the folder of the book")"""
 EXTRAS = ("see", "deploy", "sweep", "dev")  # of settings.ini, besides `runs`, which every page gets
 RENAMED = {"pytorch_grad_cam": "grad-cam"}  # a package whose name is not that of its import
-PEERS = {"ultralytics", "segmentation_models_pytorch"}  # packages that a page shows and nothing here requires
+PEERS = {"ultralytics", "segmentation_models_pytorch"}  # packages that a page shows and the book does without
 # On Colab the requirements are lower bounds only, so the installed torch stays.
 COLAB = f"""\
 #| hide

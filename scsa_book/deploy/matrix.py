@@ -104,7 +104,7 @@ def alone(name: str) -> dict[str, float]:
             path = Path(folder) / f"{way}.onnx"
             runtimes.write_onnx(Order(network, x), path)
             quantise(path, inputs, **operators)
-            errors[way] = error(runtimes.run_onnx(path, [x])[0], network(x))
+            errors[way] = error(runtimes.load_onnx(path)(x), network(x))
     return errors
 
 # %% ../../nbs/deploy/index.ipynb #1fc0cf18
@@ -126,7 +126,7 @@ def with_function(name: str, position: str) -> nn.Module:
     return network.eval()
 
 # %% ../../nbs/deploy/index.ipynb #5ee7baf7
-TIMED = {"onnx": runtimes.load_onnx, "openvino": runtimes.load_openvino}
+TIMED = ("onnx", "openvino", "ncnn", "executorch", "litert")
 
 
 def seconds(run, x: Tensor) -> float:
@@ -144,7 +144,7 @@ def share(attended: nn.Module, runtime: str, pairs: int = 15) -> float:
         for i, network in enumerate((whole_network("resnet50", None), attended)):
             path = Path(folder) / f"{i}{RUNTIMES[runtime].suffixes[0]}"
             RUNTIMES[runtime].write(Order(network.requires_grad_(False), x), path)
-            runs.append(TIMED[runtime](path, 1))
+            runs.append(RUNTIMES[runtime].load(path, 1))
         for run in runs:
             run(x)
         times = [[seconds(run, x) for run in runs] for _ in range(pairs)]
@@ -186,14 +186,14 @@ def packages(key: str) -> dict[str, str]:
     return {m: p for r in used for m, p in (r.to_write | r.to_run).items()}
 
 # %% ../../nbs/deploy/index.ipynb #80152427
-def check_runtimes(wanted: list[str]) -> None:
-    "ValueError unless all are names of runtimes."
+def check_runtimes(wanted: list[str], known: Iterable[str] = RUNTIMES) -> None:
+    "ValueError unless all are names of known runtimes."
     if isinstance(wanted, str):
         remedy = f"papermill takes one by -y 'runtimes: [{wanted.strip('[]')}]'"
         raise ValueError(f"{wanted!r} is text and not a list of runtimes; {remedy}")
     for name in wanted:
-        if name not in RUNTIMES:
-            raise registry.unknown("runtime", name, RUNTIMES)
+        if name not in known:
+            raise registry.unknown("runtime", name, known)
 
 
 def fill(file: Path, wanted: list[str]) -> None:
@@ -204,7 +204,7 @@ def fill(file: Path, wanted: list[str]) -> None:
 
 def fill_shares(file: Path, wanted: list[str]) -> None:
     "The shares of ResNet-50's images per second in these runtimes, and their bounds."
-    check_runtimes(wanted)
+    check_runtimes(wanted, TIMED)
     complete(file, "shares", (f"{n} {r}" for r in wanted for n in PLACED), share_of_mechanism)
     bounds = (f"{n} {p} {r}" for r in wanted for p in POSITIONS for n in FUNCTIONS)
     complete(file, "bounds", bounds, share_of_function)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ONNX', 'EXECUTORCH', 'NCNN', 'RUNTIMES', 'Order', 'Runtime', 'absent', 'versions', 'write_onnx', 'load_onnx',
-           'run_onnx', 'import_openvino', 'write_openvino', 'load_openvino', 'run_openvino', 'shape_argument',
-           'other_sides', 'write_ncnn', 'run_ncnn', 'xnnpack_partitioner', 'write_executorch', 'run_executorch',
-           'write_litert', 'run_litert', 'write_coreml', 'run_coreml', 'run_isolated', 'run']
+           'import_openvino', 'write_openvino', 'load_openvino', 'shape_argument', 'other_sides', 'write_ncnn',
+           'load_ncnn', 'xnnpack_partitioner', 'write_executorch', 'load_executorch', 'write_litert', 'load_litert',
+           'write_coreml', 'load_coreml', 'run_isolated', 'run']
 
 # %% ../../nbs/deploy/runtimes.ipynb #2283173d
 import importlib.util
@@ -45,10 +45,10 @@ class Order:
 # %% ../../nbs/deploy/runtimes.ipynb #a0aea4bb
 @dataclass(frozen=True)
 class Runtime:
-    "How the files of one runtime are written and run."
+    "How the files of one runtime are written and loaded."
 
     write: Callable[[Order, Path], None]
-    run: Callable[[Path, list[Tensor]], list[Tensor]]
+    load: Callable[[Path, int], Callable[[Tensor], Tensor]]  # file, threads
     suffixes: tuple[str, ...]  # of its files; the first is the one that is loaded
     to_write: dict[str, str]  # module -> package
     to_run: dict[str, str] = field(default_factory=dict)
@@ -97,10 +97,6 @@ def load_onnx(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
-
-def run_onnx(path: Path, inputs: list[Tensor]) -> list[Tensor]:
-    return list(map(load_onnx(path), inputs))
-
 # %% ../../nbs/deploy/runtimes.ipynb #e966214d
 def import_openvino() -> ModuleType:
     "OpenVINO, which reports nothing."
@@ -126,10 +122,6 @@ def load_openvino(
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     compiled = openvino.Core().compile_model(model, "CPU", hints)
     return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
-
-
-def run_openvino(path: Path, inputs: list[Tensor]) -> list[Tensor]:
-    return list(map(load_openvino(path), inputs))
 
 # %% ../../nbs/deploy/runtimes.ipynb #99f28645
 def shape_argument(x: Tensor) -> str:
@@ -160,11 +152,12 @@ def write_ncnn(order: Order, path: Path) -> None:
             shutil.move(script.with_name("network" + suffix), path.with_name(name))
 
 # %% ../../nbs/deploy/runtimes.ipynb #7162394e
-def run_ncnn(path: Path, inputs: list[Tensor]) -> list[Tensor]:
+def load_ncnn(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
     import ncnn
     import numpy as np
 
     net = ncnn.Net()
+    net.opt.num_threads = threads or net.opt.num_threads
     for option in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage"):
         setattr(net.opt, f"use_{option}", False)
     weights = path.with_name(path.name.removesuffix(".param") + ".bin")
@@ -179,7 +172,7 @@ def run_ncnn(path: Path, inputs: list[Tensor]) -> list[Tensor]:
             raise RuntimeError(f"ncnn stops with code {code}")
         return torch.from_numpy(np.array(y))
 
-    return [torch.stack([image(one.contiguous()) for one in x]) for x in inputs]
+    return lambda x: torch.stack([image(one.contiguous()) for one in x])
 
 # %% ../../nbs/deploy/runtimes.ipynb #ab815f7c
 def xnnpack_partitioner():
@@ -217,11 +210,14 @@ def write_executorch(order: Order, path: Path, xnnpack: bool) -> None:
     path.write_bytes(lowered.to_executorch().buffer)
 
 
-def run_executorch(path: Path, inputs: list[Tensor]) -> list[Tensor]:
+def load_executorch(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
+    from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime as Executor
 
+    if threads:  # of the process
+        portable_lib._unsafe_reset_threadpool(threads)
     method = Executor.get().load_program(path).load_method("forward")
-    return [method.execute([x])[0].clone() for x in inputs]
+    return lambda x: method.execute([x])[0].clone()
 
 # %% ../../nbs/deploy/runtimes.ipynb #dd848381
 def write_litert(order: Order, path: Path) -> None:
@@ -230,19 +226,19 @@ def write_litert(order: Order, path: Path) -> None:
     litert_torch.convert(order.network, (order.example,)).export(str(path))
 
 
-def run_litert(path: Path, inputs: list[Tensor]) -> list[Tensor]:
+def load_litert(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(str(path))
+    interpreter = Interpreter(str(path), num_threads=threads or None)
     interpreter.allocate_tensors()
     given, taken = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
 
-    def one(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> Tensor:
         interpreter.set_tensor(given["index"], x.numpy())
         interpreter.invoke()
         return torch.from_numpy(interpreter.get_tensor(taken["index"]))
 
-    return [one(x) for x in inputs]
+    return run
 
 
 def write_coreml(order: Order, path: Path) -> None:
@@ -254,22 +250,23 @@ def write_coreml(order: Order, path: Path) -> None:
     model.save(str(path))
 
 
-def run_coreml(path: Path, inputs: list[Tensor]) -> list[Tensor]:
+def load_coreml(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
+    "Core ML chooses the number of threads."
     import coremltools
 
     model = coremltools.models.MLModel(str(path))
     name = model.get_spec().description.input[0].name
-    return [torch.from_numpy(next(iter(model.predict({name: x.numpy()}).values()))) for x in inputs]
+    return lambda x: torch.from_numpy(next(iter(model.predict({name: x.numpy()}).values())))
 
 # %% ../../nbs/deploy/runtimes.ipynb #4dcf40ab
 ONNX = {"onnx": "onnx", "onnxscript": "onnxscript"}
 EXECUTORCH = Runtime(
-    partial(write_executorch, xnnpack=True), run_executorch, (".pte",),
+    partial(write_executorch, xnnpack=True), load_executorch, (".pte",),
     {"executorch": "executorch"}, {"executorch": "executorch"},
     frozenset({"dynamic"}), isolated=True,
 )  # fmt: skip
 NCNN = Runtime(
-    write_ncnn, run_ncnn, (".ncnn.param", ".ncnn.bin"), {"pnnx": "pnnx"}, {"ncnn": "ncnn"},
+    write_ncnn, load_ncnn, (".ncnn.param", ".ncnn.bin"), {"pnnx": "pnnx"}, {"ncnn": "ncnn"},
     frozenset({"dynamic", "half"}), isolated=True,
     remark="pnnx learns which axis is the batch from layers such as convolutions; a module "
            "without one is converted rightly inside of a network",
@@ -278,29 +275,29 @@ NCNN = Runtime(
 # %% ../../nbs/deploy/runtimes.ipynb #adf6f13e
 RUNTIMES = {
     "onnx": Runtime(
-        write_onnx, run_onnx, (".onnx",), ONNX, {"onnxruntime": "onnxruntime"},
+        write_onnx, load_onnx, (".onnx",), ONNX, {"onnxruntime": "onnxruntime"},
         frozenset({"dynamic", "half", "int8"}),
     ),
     "openvino": Runtime(
-        write_openvino, run_openvino, (".xml", ".bin"), {"openvino": "openvino"},
+        write_openvino, load_openvino, (".xml", ".bin"), {"openvino": "openvino"},
         {"openvino": "openvino"}, frozenset({"dynamic", "half"}),
     ),
     "ncnn": NCNN,
     "executorch": EXECUTORCH,
     "executorch_portable": replace(EXECUTORCH, write=partial(write_executorch, xnnpack=False)),
     "litert": Runtime(
-        write_litert, run_litert, (".tflite",), {"litert_torch": "litert-torch"},
+        write_litert, load_litert, (".tflite",), {"litert_torch": "litert-torch"},
         {"ai_edge_litert": "ai-edge-litert"}, isolated=True,
     ),
     "coreml": Runtime(
-        write_coreml, run_coreml, (".mlpackage",), {"coremltools": "coremltools"},
+        write_coreml, load_coreml, (".mlpackage",), {"coremltools": "coremltools"},
         {"coremltools": "coremltools"}, frozenset({"half"}), platform="darwin",
     ),
 }  # fmt: skip
 
 # %% ../../nbs/deploy/runtimes.ipynb #2c8f1837
 def run_isolated(name: str, path: Path, inputs: list[Tensor]) -> list[Tensor]:
-    "`RUNTIMES[name].run` in another process; `RuntimeError` with its last words."
+    "Outputs from another process; `RuntimeError` with its last words."
     with tempfile.TemporaryDirectory() as folder:
         given, taken = (str(Path(folder) / n) for n in ("inputs.pt", "outputs.pt"))
         torch.save(inputs, given)
@@ -313,11 +310,13 @@ def run_isolated(name: str, path: Path, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def run(name: str, path: Path, inputs: list[Tensor]) -> list[Tensor]:
-    "The outputs of a written file."
-    runtime = RUNTIMES[name]
-    return run_isolated(name, path, inputs) if runtime.isolated else runtime.run(path, inputs)
+    "The outputs of a written file, by all threads."
+    if RUNTIMES[name].isolated:
+        return run_isolated(name, path, inputs)
+    return list(map(RUNTIMES[name].load(path, 0), inputs))
 
 # %% ../../nbs/deploy/runtimes.ipynb #85a25bd6
 if __name__ == "__main__" and "get_ipython" not in globals():
     _, chosen, file, given, taken = sys.argv
-    torch.save(RUNTIMES[chosen].run(Path(file), torch.load(given)), taken)
+    loaded = RUNTIMES[chosen].load(Path(file), 0)
+    torch.save(list(map(loaded, torch.load(given))), taken)

@@ -63,7 +63,7 @@ def channel_attention(
         qkv = (F.conv2d(z, w, b, groups=z.shape[1]) for w, b in factors)
     q, k, v = (split_heads(t, heads, shuffle) for t in qkv)
     a = (q @ k.transpose(-2, -1) * scaling(*q.shape[-2:])).softmax(-1)
-    return joined_heads((F.dropout(a, dropout) @ v).mean(-1), shuffle)
+    return joined_heads((F.dropout(a, dropout, dropout > 0) @ v).mean(-1), shuffle)
 
 # %% ../../nbs/operators/channel-attention.ipynb #328d3de6
 LOGITS = 2**18  # a megabyte in single precision, for the cache of a core
