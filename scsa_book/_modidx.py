@@ -1436,6 +1436,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'scsa_book/evidence/gpu.py'),
                                         'scsa_book.evidence.gpu.remark': ('evidence/gpu.html#remark', 'scsa_book/evidence/gpu.py'),
                                         'scsa_book.evidence.gpu.run_in': ('evidence/gpu.html#run_in', 'scsa_book/evidence/gpu.py'),
+                                        'scsa_book.evidence.gpu.run_lines': ('evidence/gpu.html#run_lines', 'scsa_book/evidence/gpu.py'),
                                         'scsa_book.evidence.gpu.training_step': ( 'evidence/gpu.html#training_step',
                                                                                   'scsa_book/evidence/gpu.py'),
                                         'scsa_book.evidence.gpu.with_gradients': ( 'evidence/gpu.html#with_gradients',
