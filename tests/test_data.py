@@ -19,10 +19,13 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import ks_2samp
+from torchvision import transforms
 from torchvision.datasets import CIFAR100
 
 from scsa_book import paths
 from scsa_book.data import fashion, images, loading
+from scsa_book.data.crops import ResizedCrops
 from scsa_book.data.images import BatchIndices, load_dataset
 from scsa_book.paths import DataError
 
@@ -502,3 +505,57 @@ def test_folders_of_images_have_a_size_and_a_least_crop(birds):
     assert found.train[BatchIndices(torch.tensor([0]))][0].shape == (1, 3, 32, 32)
     random_crop = found.train.transform.transforms[0]
     assert tuple(random_crop.size) == (32, 32) and tuple(random_crop.scale) == (1, 1)
+
+
+# ---- photographs in memory
+
+
+@pytest.mark.parametrize("size", [20, 64, 90])
+def test_crops_of_a_batch_are_those_of_torchvision_one_by_one(size):
+    "Scaled down and up; torchvision rounds at the end, too, and its sums have another order."
+    x = torch.randint(256, (30, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    crop = ResizedCrops(size, min_scale=0.1)
+    drawn = zip(*(values.tolist() for values in crop.draw(64, len(x), seed=3)), strict=True)
+    for image, ours, (top, height, left, width, mirrored) in zip(x, crop(x, seed=3), drawn, strict=True):
+        box, how = (top, left, height, width, [size, size]), {"antialias": True}
+        theirs = transforms.functional.resized_crop(image, *box, **how)
+        assert (ours.int() - (theirs.flip(-1) if mirrored else theirs).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("min_scale", [0.08, 0.9])
+def test_crops_of_a_batch_have_the_distribution_of_torchvision(min_scale):
+    top, height, left, width, mirrored = ResizedCrops(8, min_scale).draw(50, 3000, seed=1)
+    assert (top + height).max() <= 50 and (left + width).max() <= 50
+    with images.seeded(2):
+        whole, how = torch.zeros(3, 50, 50), ([min_scale, 1], [3 / 4, 4 / 3])
+        theirs = [transforms.RandomResizedCrop.get_params(whole, *how) for _ in range(3000)]
+    for ours, name in zip((top, left, height, width), zip(*theirs, strict=True), strict=True):
+        assert ks_2samp(ours, name).pvalue > 0.001
+    assert 1400 < mirrored.sum() < 1600
+
+
+def test_photographs_in_memory_are_cropped_where_they_are(birds):
+    found = load_dataset("folder:birds", birds, size=24, stored=40)
+    kept, usual = found.test, load_dataset("folder:birds", birds, size=24).test
+    assert torch.equal(kept.images, draw(usual, *range(6))[0]), "evaluation is as without the option"
+    found.train.images.random_()  # the birds are of one colour
+    first, again, other = (draw(found.train, 0, 4, seed=seed)[0] for seed in (7, 7, 8))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    x, y = draw(found.train.to("meta"), 0, 5)
+    assert x.device.type == "meta" and x.shape == (2, 3, 24, 24) and x.dtype == torch.uint8
+    assert loading.good_workers(found.train) == 0
+
+
+def test_only_the_photographs_of_a_subset_are_read(birds, monkeypatch):
+    read = []
+    real = images.FolderImages.image
+    noted = lambda self, path: read.append(path) or real(self, path)  # noqa: E731
+    monkeypatch.setattr(images.FolderImages, "image", noted)
+    load_dataset("folder:birds", birds, train_images=2, test_images=1, size=24, stored=40)
+    assert len(read) == 3
+
+
+def test_photographs_that_do_not_fit_into_memory_are_refused_before_they_are_read(birds, monkeypatch):
+    monkeypatch.setattr(images, "memory_bytes", lambda: 50_000.0)
+    with pytest.raises(ValueError, match="stored needs .* for 6 images of 40 x 40 pixels, .*Make it smaller"):
+        load_dataset("folder:birds", birds, size=24, stored=40)

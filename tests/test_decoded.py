@@ -237,6 +237,14 @@ def test_the_size_that_is_said_is_that_of_the_file_and_counting_ends_at_the_limi
     assert decoded.bytes_up_to(600 + 96, images.train.paths, ReadImage()) > 600 + 96 and len(seen) == 3
 
 
+def test_a_run_with_photographs_in_memory_needs_no_file_and_can_be_repeated(where):
+    config = birds_config(data_options={"size": 32, "stored": 40})
+    first, said = train(config, where)
+    again, _ = train(config, where.model_copy(update={"again": True, "workers": 2}))
+    assert first == again and "decoded images" not in said
+    assert not list((where.cache_dir / "images").glob("*")), "no file of pixels"
+
+
 def test_the_limit_depends_on_memory_and_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(decoded, "free_bytes", lambda folder: 1000)
     assert decoded.most_bytes(tmp_path) == 100

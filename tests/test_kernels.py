@@ -216,6 +216,14 @@ def test_another_checkout_runs_in_turns_with_ours(monkeypatch, tmp_path):
     assert any("times those of None (at least 10)" in line for line in gpu.lines(row))
 
 
+def test_a_run_that_is_compared_with_no_other_build_says_how(monkeypatch):
+    alone = {"images_per_second": 500.0, "waiting": 0.004}
+    monkeypatch.setattr(gpu, "classifier_run", lambda *given: alone)
+    first, second = gpu.lines(gpu.bench_run("cpu", gpu.SCALES["small"]))
+    assert first == "run: 500 images a second, 0.4% waiting (at most 1 %)"
+    assert second.startswith("compared with no other build: --against FOLDER")
+
+
 def test_a_folder_without_the_library_is_refused_before_anything_is_measured(tmp_path):
     with pytest.raises(ValueError, match="no checkout of the book .*run.py is missing"):
         gpu.bench_gpu("cpu", 0, tmp_path, lambda line: pytest.fail(line), against=tmp_path / "nothing")

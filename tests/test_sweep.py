@@ -15,9 +15,11 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import yaml
 from conftest import ROOT
 from filelock import FileLock
 
+from scsa_book.paths import data_root
 from scsa_book.training import sweep as sweeps
 from scsa_book.training.experiments import experiment
 from scsa_book.training.result import finished, load_result
@@ -464,6 +466,48 @@ def test_twelve_real_runs_survive_both_kills(book):
     done = subprocess.run(command, cwd=book, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(book) == ids and {finished(c).config.id for c, _ in experiment("twelve").plan()} == ids
+
+
+def processes_in(book):
+    "Processes other than this one whose working directory is in a book."
+    others = (p for p in psutil.process_iter(["cwd"]) if p.pid != os.getpid())
+    return [p for p in others if (p.info["cwd"] or "").startswith(str(book))]
+
+
+@pytest.fixture
+def lent(book):
+    "The experiment for a lent GPU, with few images and epochs; runs of it, and the folder of its results."
+    if data_root() is None or not (data_root() / "cifar-100-python").is_dir():
+        pytest.skip("CIFAR-100 is not in the data root (SCSA_BOOK_DATA)")
+    whole = yaml.safe_load((ROOT / "nbs" / "runs" / "experiments.yml").read_text())["gpu-evidence"]
+    whole["common"] |= {"train_images": 256, "test_images": 100, "epochs": 2}
+    (book / "nbs" / "runs" / "experiments.yml").write_text(yaml.safe_dump({"gpu-evidence": whole}))
+    return [config for config, _ in experiment("gpu-evidence").plan(seeds=[0])], book / "nbs/results/gpu"
+
+
+@pytest.mark.slow
+def test_the_command_for_a_lent_gpu_stops_and_continues(book, lent):
+    "Two minutes of it on a CPU: a fourth of one, which ends within a run, then the rest."
+    plan, folder = lent
+    command = "scsa_book.cli sweep gpu-evidence --per-gpu 8 --seeds 1 --time-limit".split()
+    before = set()
+    for minutes in (0.25, 1.75):
+        done = subprocess.run(
+            [sys.executable, "-m", *command, str(minutes)], cwd=book, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        there = {path.stem for path in folder.glob("*.json")}
+        left = f"stopped after {minutes:g} minutes: {len(plan) - len(there)} runs are left"
+        assert before <= there <= {c.id for c in plan} and f"{len(before)} finished" in done.stdout
+        assert left in done.stdout or len(there) == len(plan)
+        assert not processes_in(book), "the sweep has ended, its runs have not"
+        before = there
+    assert before, "no run was finished"
+    for config in plan:
+        if config.id in before:
+            result = finished(config)
+            assert len(result.epochs) == 2 and (folder / f"{config.id}.ipynb").is_file()
+            assert list((book / ".cache" / "runs" / config.id).glob("*.ckpt")), "the weights are kept"
 
 
 def workers(snakemake):

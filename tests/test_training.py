@@ -277,11 +277,28 @@ def test_a_network_learns(where):
     assert last["train_loss"] < first["train_loss"] and last["top1"] > 45, "chance is 10"
 
 
-def test_a_compiled_network_keeps_its_names_and_can_be_looked_into(where, monkeypatch):
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
+@pytest.fixture
+def compiled(monkeypatch):
+    "What a run compiles; the compiler keeps the operations as they are."
+    real, parts = torch.nn.Module.compile, []
+
+    def compile_eager(self):
+        parts.append(type(self).__name__)
+        real(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eager)
+    return parts
+
+
+def test_on_a_cpu_a_mechanism_that_a_gpu_gets_wrong_is_compiled(where, compiled, capsys):
+    train(tiny(epochs=1, attention="cbam", compile=True), where)
+    assert compiled == ["BasicBlock"] * 3 and "not compiled" not in capsys.readouterr().out
+
+
+def test_a_compiled_network_keeps_its_names_and_can_be_looked_into(where, compiled):
     config = tiny(epochs=1, attention="se", compile=True)
     done = train(config, where)
+    assert compiled
     assert list(done.network.state_dict()) == list(build_network(config, 10).state_dict())
     x = done.task.normalise(dataset_of(config).test.images[:2])
     assert {name: maps["channel"].shape[0] for name, maps in maps_of(done.network, x).items()} == {

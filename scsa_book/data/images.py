@@ -9,14 +9,16 @@ __all__ = ['DAMAGED', 'AWAY', 'SIXTEEN', 'BITS', 'PHOTOMETRIC', 'RANGE', 'ORIENT
            'ReadImage', 'FolderImages', 'ours', 'below', 'class_folders', 'files_of_classes', 'list_images',
            'ImageDataset', 'fingerprint_of_tensors', 'fingerprint_of_files', 'Facts', 'folder_name', 'facts',
            'fashion_mnist', 'check_cifar100', 'download_cifar100', 'as_tensors', 'cifar100', 'ImageOptions', 'crops',
-           'image_folder', 'subset', 'check_options', 'load_dataset']
+           'square', 'image_folder', 'memory_bytes', 'in_memory', 'subset', 'check_options', 'load_dataset']
 
 # %% ../../nbs/training/data.ipynb #df09a970
 import contextlib
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +32,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from ..attention.registry import unknown
 from . import fashion
+from .crops import ResizedCrops
 from ..options import Number, Options, Whole
-from ..paths import DataError, data_root as chosen_root, download_folder
+from ..paths import DataError, data_root as chosen_root, download_folder, usable_cores
 
 # %% ../../nbs/training/data.ipynb #cbd803a6
 class BatchIndices(NamedTuple):
@@ -445,6 +448,7 @@ class ImageOptions(Options):
     size: Whole = Field(224, ge=8)  # height and width of an image, in pixels
     min_scale: Number = Field(0.08, gt=0, le=1)  # least area of a training crop, as a share
     shortest: Whole | None = Field(None, ge=8)  # of the sides, after scaling down; None: as stored
+    stored: Whole | None = Field(None, ge=8)  # side of the squares in memory; None: images stay on disk
 
 
 def crops(size: int = 224, min_scale: float = 0.08) -> tuple[Callable, Callable]:
@@ -452,6 +456,11 @@ def crops(size: int = 224, min_scale: float = 0.08) -> tuple[Callable, Callable]
     train = [v2.RandomResizedCrop(size, (min_scale, 1)), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     test = [v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()]
     return v2.Compose(train), v2.Compose(test)
+
+
+def square(side: int) -> Callable:
+    "The transform of a photograph that is kept in memory: PIL image to uint8 (3, side, side)."
+    return v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.PILToTensor()])
 
 # %% ../../nbs/training/data.ipynb #85732295
 def image_folder(name: str, root: Path | str | None = None, **options) -> ImageDataset:
@@ -465,12 +474,36 @@ def image_folder(name: str, root: Path | str | None = None, **options) -> ImageD
     train, test = (list_images(files[split]) for split in ("train", "val"))
     asked = ImageOptions(**options)
     for_train, for_test = crops(asked.size, asked.min_scale)
+    for_train = square(asked.stored) if asked.stored else for_train
     read = ReadImage(asked.shortest)
     return ImageDataset(
         name, FolderImages(*train, for_train, read), FolderImages(*test, for_test, read),
         tuple(files["train"]), known.mean, known.std,
         fingerprint_of_files(folder, train[0] + test[0]), tuple(notes),
     )  # fmt: skip
+
+# %% ../../nbs/training/data.ipynb #fda4fdb7
+def memory_bytes() -> float:
+    "Bytes of memory of this machine; infinite where the system does not say."
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def in_memory(images: FolderImages, side: int, augment: Callable | None = None) -> TensorImages:
+    "The images of a folder as a tensor of squares; ValueError if it is too large."
+    shape = (len(images), 3, side, side)
+    if math.prod(shape) > memory_bytes() / 2:
+        needed, there = (f"{n / 2**30:.1f} GiB" for n in (math.prod(shape), memory_bytes()))
+        raise ValueError(
+            f"data_options: stored needs {needed} for {len(images):,} images of {side} x {side} pixels, more "
+            f"than half of the memory here ({there}). Make it smaller, or leave it out"
+        )
+    tensor = torch.empty(shape, dtype=torch.uint8)
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for image, of_file in zip(tensor, pool.map(images.image, images.paths), strict=True):
+            image.copy_(of_file)
+    return TensorImages(tensor, images.labels, augment)
 
 # %% ../../nbs/training/data.ipynb #dcf95cee
 def subset(dataset: Dataset, n: int | None) -> Dataset:
@@ -508,4 +541,8 @@ def load_dataset(
     else:
         found = cifar100(root) if name == "cifar100" else image_folder(name, root, **options)
     train, test = subset(found.train, train_images), subset(found.test, test_images)
+    if options.get("stored"):
+        asked = ImageOptions(**options)
+        train = in_memory(train, asked.stored, ResizedCrops(asked.size, asked.min_scale))
+        test = in_memory(test, asked.size)
     return replace(found, train=train, test=test)

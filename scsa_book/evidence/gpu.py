@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'IN_NETWORKS', 'SLOWEST_FIRST', 'ROUNDS', 'ODD', 'FITTING',
            'Scale', 'StepRow', 'StepsResult', 'training_step', 'bench_steps', 'random_cifar100', 'classifier_run',
            'Against', 'RunRow', 'run_in', 'is_checkout', 'bench_against', 'bench_run', 'in_order', 'bench_compiled',
            'GradientRow', 'GradientsResult', 'with_gradients', 'largest_difference', 'compiled_gradients',
-           'bench_gradients', 'parts', 'lines', 'gradient_lines', 'bench_gpu', 'gpu_command', 'remark']
+           'bench_gradients', 'parts', 'lines', 'run_lines', 'gradient_lines', 'bench_gpu', 'gpu_command', 'remark']
 
 # %% ../../nbs/evidence/gpu.ipynb #568930a1
 import copy
@@ -331,9 +331,7 @@ SHARES = {"se": (0.90, 0.80), "cat": (0.75, 0.60), "scsa": (0.90, 0.70)}  # forw
 def lines(found: BaseModel) -> Iterator[str]:
     "A part in words, with what is asked of it."
     if isinstance(found, RunRow):
-        yield f"run: {found.images_per_second:.0f} images a second, {found.waiting:.1%} waiting (at most 1 %)"
-        if found.against:
-            yield f"{found.against.ratio.median:.2f} times those of {found.against.commit} (at least 10)"
+        yield from run_lines(found)
         return
     if isinstance(found, GradientsResult):
         yield from gradient_lines(found)
@@ -354,6 +352,15 @@ def lines(found: BaseModel) -> Iterator[str]:
             yield f"{what} with {row.name}: {row.share.median:.2f} of plain (at least {least:.2f})"
 
 # %% ../../nbs/evidence/gpu.ipynb #45abde9d
+def run_lines(found: RunRow) -> Iterator[str]:
+    "Its speed, its waiting, and how it compares with another build."
+    yield f"run: {found.images_per_second:.0f} images a second, {found.waiting:.1%} waiting (at most 1 %)"
+    if found.against:
+        yield f"{found.against.ratio.median:.2f} times those of {found.against.commit} (at least 10)"
+    else:
+        yield "compared with no other build: --against FOLDER does it, for a checkout there"
+
+
 def gradient_lines(found: GradientsResult) -> Iterator[str]:
     "Those that differ from eager mode, and what that means for those that were wrong before."
     wrong = {r.name: max(r.output, r.to_map, r.to_parameters) for r in found.rows}

@@ -8,7 +8,6 @@ __all__ = ['TOGETHER', 'DECODERS', 'heads', 'pixel_bytes', 'DecodedImages', 'wri
 
 # %% ../../nbs/training/decoded.ipynb #a0568c7b
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 from ..data import images as reading
-from ..data.images import FolderImages, ImageDataset, ReadImage
+from ..data.images import FolderImages, ImageDataset, ReadImage, memory_bytes
 from ..paths import cache_folder, sha256_of, usable_cores
 from .config import Execution, RunConfig
 from .result import atomic_file, disk_error, free_bytes
@@ -125,10 +124,7 @@ def remove_others(file: Path, asked: str) -> None:
 # %% ../../nbs/training/decoded.ipynb #6451a4d0
 def most_bytes(folder: Path) -> int:
     "The largest cache that is written without being asked for."
-    if not hasattr(os, "sysconf"):  # Windows
-        return free_bytes(folder) // 10
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(memory // 2, free_bytes(folder) // 10)
+    return int(min(memory_bytes() / 2, free_bytes(folder) / 10))
 
 
 def bytes_up_to(limit: int, paths: list[Path], read: ReadImage) -> int:

@@ -104,14 +104,15 @@ class ClassificationMetrics(nn.Module):
         return {"val_loss": loss, **percent}
 
 # %% ../../nbs/training/task.ipynb #31a7be74
-MISCOMPILED = ("cbam", "sge")  # wrong gradients when last compared: PyTorch 2.11, NVIDIA H100
+MISCOMPILED = ("cbam", "sge")  # on a GPU; wrong when last compared: PyTorch 2.11, NVIDIA H100
 
 
-def can_be_compiled(config: RunConfig) -> bool:
-    "Whether the network is compiled: if configured, and correct for its mechanism."
-    if config.compile and config.attention in MISCOMPILED:
+def can_be_compiled(config: RunConfig, kind: str = "cuda") -> bool:
+    "Whether the network is compiled: if configured, and correct on a device of this kind."
+    wrong = kind == "cuda" and config.attention in MISCOMPILED
+    if config.compile and wrong:
         print(f"not compiled: PyTorch's compiler gets gradients of {config.attention} wrong on a GPU")
-    return config.compile and config.attention not in MISCOMPILED
+    return config.compile and not wrong
 
 # %% ../../nbs/training/task.ipynb #0398638e
 class Task(L.LightningModule):
@@ -129,13 +130,16 @@ class Task(L.LightningModule):
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.network, self.metrics = network.to(memory_format=layout), metrics
         self.measured: dict[str, float] = {}  # of the latest evaluation
-        if can_be_compiled(config):
-            compile_blocks(self.compiled)  # in place: parameters keep their names
 
     @property
     def compiled(self) -> nn.Module:
         "The part of the network that is compiled if configured."
         return self.network
+
+    def setup(self, stage: str) -> None:
+        "Lightning calls this when the device is known."
+        if can_be_compiled(self.config, self.trainer.strategy.root_device.type):
+            compile_blocks(self.compiled)  # in place: parameters keep their names
 
     def on_validation_epoch_end(self) -> None:
         self.measured = self.metrics.read()
