@@ -57,64 +57,61 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format, shape=(2,
     kernel, bias, shares = (torch.randn(s, dtype=dtype) for s in ((C, C, 3, 3), (C,), (C,)))
     sub_gates = [torch.rand(B, C // 2, *s, dtype=dtype) for s in ((1, 1), (H, W))]
     return {
-        "add_product": lambda: (affine.add_product, (x, s_c, g)),
-        "normalise_channels": lambda: (
+        "add_product": (affine.add_product, (x, s_c, g)),
+        "normalise_channels": (
             affine.normalise_channels,
             (x.unflatten(1, (4, C // 4)), *torch.randn(2, C // 4, dtype=dtype), 1e-5),
         ),
-        "strip_means": lambda: (strips.strip_means, (x,)),
-        "strip_means_gradient": lambda: (strips.strip_means_gradient, (g.mean(3), g.mean(2), x)),
-        "window_means": lambda: (windows.window_means, (x, 7, 4)),
-        "window_means_whole": lambda: (windows.window_means, (x, H, W)),
-        "gate_axes": lambda: (gating.gate_axes, (x, s_h, s_w)),
-        "gate_axes_gradient": lambda: (gating.gate_axes_gradient, (g, x, s_h, s_w)),
-        "gate_in_turn": lambda: (gating.gate_in_turn, (x, s_c, s_p)),
-        "gate_in_turn_gradient": lambda: (gating.gate_in_turn_gradient, (g, x, s_c, s_p)),
-        "gate_sum": lambda: (gating.gate_sum, (x, s_c, s_p)),
-        "gated_window_means": lambda: (gated_windows.gated_window_means, (x, s_h, s_w, 7, 4)),
-        "gated_window_gradient": lambda: (
+        "strip_means": (strips.strip_means, (x,)),
+        "strip_means_gradient": (strips.strip_means_gradient, (g.mean(3), g.mean(2), x)),
+        "window_means": (windows.window_means, (x, 7, 4)),
+        "window_means_whole": (windows.window_means, (x, H, W)),
+        "gate_axes": (gating.gate_axes, (x, s_h, s_w)),
+        "gate_axes_gradient": (gating.gate_axes_gradient, (g, x, s_h, s_w)),
+        "gate_in_turn": (gating.gate_in_turn, (x, s_c, s_p)),
+        "gate_in_turn_gradient": (gating.gate_in_turn_gradient, (g, x, s_c, s_p)),
+        "gate_sum": (gating.gate_sum, (x, s_c, s_p)),
+        "gated_window_means": (gated_windows.gated_window_means, (x, s_h, s_w, 7, 4)),
+        "gated_window_gradient": (
             gated_windows.gated_window_gradient,
             (g[:, :, : H // 7, : W // 4].contiguous(memory_format=layout), x, s_h, s_w, 7, 4),
         ),
-        "gate_by_windows": lambda: (
+        "gate_by_windows": (
             gated_windows.gate_by_windows,
             (x, s_h, s_w, 7, 4, lambda z: z.mean((2, 3), keepdim=True).sigmoid()),
         ),
-        "gated_extremes": lambda: (extremes.gated_extremes, (x, s_c)),
-        "gated_extremes_gradient": lambda: (
+        "gated_extremes": (extremes.gated_extremes, (x, s_c)),
+        "gated_extremes_gradient": (
             extremes.gated_extremes_gradient,
             (g[:, :2].contiguous(), x, s_c),
         ),
-        "mean_and_maximum": lambda: (mean_and_maximum.mean_and_maximum, (x,)),
-        "mean_of_positions": lambda: (reductions.mean, (x, reductions.POSITIONS)),
-        "mean_of_channels": lambda: (reductions.mean, (x, reductions.CHANNELS)),
-        "maximum_of_channels": lambda: (reductions.maximum_of_channels, (x,)),
-        "maximum_of_positions": lambda: (reductions.maximum_of_positions, (x,)),
-        "gate_groups": lambda: (gating.gate_groups, (x, torch.rand(B, 4, H, W, dtype=dtype))),
-        "gate_and_shuffle": lambda: (shuffle.gate_and_shuffle, (x, *sub_gates, C // 4, 2)),
-        "gate_and_shuffle_odd": lambda: (shuffle.gate_and_shuffle, (x, *sub_gates, 1, 2)),
-        "similarity_gates": lambda: (
+        "mean_and_maximum": (mean_and_maximum.mean_and_maximum, (x,)),
+        "mean_of_positions": (reductions.mean, (x, reductions.POSITIONS)),
+        "mean_of_channels": (reductions.mean, (x, reductions.CHANNELS)),
+        "maximum_of_channels": (reductions.maximum_of_channels, (x,)),
+        "maximum_of_positions": (reductions.maximum_of_positions, (x,)),
+        "gate_groups": (gating.gate_groups, (x, torch.rand(B, 4, H, W, dtype=dtype))),
+        "gate_and_shuffle": (shuffle.gate_and_shuffle, (x, *sub_gates, C // 4, 2)),
+        "gate_and_shuffle_odd": (shuffle.gate_and_shuffle, (x, *sub_gates, 1, 2)),
+        "similarity_gates": (
             group_statistics.similarity_gates,
             (x.unflatten(1, (4, C // 4)), *torch.randn(2, 4, 1, 1, dtype=dtype), 1e-5),
         ),
-        "entropy": lambda: (entropy.entropy, (x, (1,))),
-        "entropy_over_positions": lambda: (entropy.entropy, (x, (2, 3))),
-        "entropy_of_logs": lambda: (entropy.entropy_of_logs, (x.log_softmax(1), 1)),
-        "entropy_of_logs_gradient": lambda: (entropy.entropy_of_logs_gradient, (g[:, :1], x.log_softmax(1))),
-        "pattern_sums": lambda: (frequency.pattern_sums, (x, torch.randn(4, H, W, dtype=dtype))),
-        "convolve_strips": lambda: (convolution.convolve_strips, (rows, columns, taps, biases)),
-        "mixture_and_mean": lambda: (convolution.mixture_and_mean, (x, x.mean(2), kernel, bias, shares)),
-        "gate_sum_gradient": lambda: (gating.gate_sum_gradient, (g, x, s_c, s_p)),
-        "group_norm": lambda: (norm.group_norm, (x, factors[0].flatten(), shifts[0], 4, 1e-5)),
-        "descriptors": lambda: (
-            descriptors.descriptors,
-            (x, torch.outer(*2 * [torch.rand(5, dtype=dtype)]) / 9),
-        ),
-        "channel_attention": lambda: (
+        "entropy": (entropy.entropy, (x, (1,))),
+        "entropy_over_positions": (entropy.entropy, (x, (2, 3))),
+        "entropy_of_logs": (entropy.entropy_of_logs, (x.log_softmax(1), 1)),
+        "entropy_of_logs_gradient": (entropy.entropy_of_logs_gradient, (g[:, :1], x.log_softmax(1))),
+        "pattern_sums": (frequency.pattern_sums, (x, torch.randn(4, H, W, dtype=dtype))),
+        "convolve_strips": (convolution.convolve_strips, (rows, columns, taps, biases)),
+        "mixture_and_mean": (convolution.mixture_and_mean, (x, x.mean(2), kernel, bias, shares)),
+        "gate_sum_gradient": (gating.gate_sum_gradient, (g, x, s_c, s_p)),
+        "group_norm": (norm.group_norm, (x, factors[0].flatten(), shifts[0], 4, 1e-5)),
+        "descriptors": (descriptors.descriptors, (x, torch.outer(*2 * [torch.rand(5, dtype=dtype)]) / 9)),
+        "channel_attention": (
             channel_attention.channel_attention,
             (x, factors, shifts, 2, True, lambda d, n: d**-0.5, 0.0),
         ),
-    }[name]()
+    }[name]
 
 
 CASES = (
