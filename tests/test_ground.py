@@ -54,12 +54,12 @@ def test_description_author_and_licence_are_those_of_the_settings():
 def test_requirements_come_in_layers():
     core, runs = requirements("requirements"), requirements("runs_requirements")
     sweep, development = requirements("sweep_requirements"), requirements("dev_requirements")
-    see = requirements("see_requirements")
+    see, peers = requirements("see_requirements"), requirements("peers_requirements")
     assert installed_requirements() == set(map(normal, core))
     assert installed_requirements("runs") == set(map(normal, runs))
     assert installed_requirements("sweep") == set(map(normal, runs | sweep))
     assert installed_requirements("see") == set(map(normal, runs | see))
-    assert installed_requirements("dev") == set(map(normal, runs | sweep | see | development))
+    assert installed_requirements("dev") == set(map(normal, runs | sweep | see | peers | development))
     assert {normal(spec)[0] for spec in core} == {"torch", "einops"}
 
 
