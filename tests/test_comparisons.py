@@ -697,7 +697,8 @@ def show(tmp_path, monkeypatch):
     (tmp_path / "_quarto.yml").touch()
     (tmp_path / "data").symlink_to(ROOT / "data")
     (tmp_path / "nbs/results").mkdir(parents=True)
-    (tmp_path / "nbs/results/speed").symlink_to(ROOT / "nbs/results/speed")
+    for folder in ("speed", "see"):
+        (tmp_path / "nbs/results" / folder).symlink_to(ROOT / "nbs/results" / folder)
     (tmp_path / "nbs/runs").mkdir()
     listed = ROOT / "nbs/runs/experiments.yml"
     (tmp_path / "nbs/runs/experiments.yml").write_bytes(listed.read_bytes())

@@ -493,6 +493,8 @@ def test_what_was_measured_is_read_and_what_was_not_is_named(tmp_path, monkeypat
         measured("page", lambda: 1)
     assert measured("page", lambda: {"a": [1 / 3]}, again=True) == {"a": [0.333333]}
     assert measured("page", lambda: 1 / 0) == {"a": [0.333333]}
+    with pytest.raises(FileNotFoundError, match=r"page-cifar100.json .*page.ipynb .* -p dataset cifar100"):
+        measured("page", lambda: 1, dataset="cifar100")
 
 
 @pytest.mark.parametrize(

@@ -117,16 +117,19 @@ def measured(
     name: str,  # of the page
     make: Callable[[], Any],  # what measures; returns what JSON can hold
     again: bool = False,  # measure now, and store
+    dataset: str | None = None,  # parameter of the page, where it measures more than its default
 ) -> Any:
     "What was measured for a page. `FileNotFoundError` says how to measure it."
-    path = results_folder("see") / f"{name}.json"
+    stem = f"{name}-{dataset}" if dataset else name
+    path = results_folder("see") / f"{stem}.json"
     if again:
         how = {"versions": versions(), "device": device_name(torch.device("cpu"))}
         how |= {"code": code_state().commit, "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"}
         found = json.loads(json.dumps(make()), parse_float=lambda digits: float(f"{float(digits):.6g}"))
         write_atomic(path, json.dumps({"how": how, "found": found}) + "\n")
     if not path.is_file():
-        remedy = f"papermill nbs/see/{name}.ipynb out.ipynb -p measure True"
+        which = f" -p dataset {dataset}" if dataset else ""
+        remedy = f"papermill nbs/see/{name}.ipynb out.ipynb -p measure True{which}"
         raise FileNotFoundError(f"{path} was not measured yet: {remedy}")
     return json.loads(path.read_text("utf-8"))["found"]
 
