@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'is_book', 'book_root', 'results_folder', 'cache_folder', 'embedded', 'data_root', 'download_folder',
-           'usable_cores', 'importing', 'DataError', 'sha256_of', 'known_file']
+           'usable_cores', 'postponed', 'importing', 'DataError', 'sha256_of', 'known_file']
 
 # %% ../nbs/training/paths.ipynb #375ce20a
 import contextlib
 import gc
+import importlib
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 # %% ../nbs/training/paths.ipynb #895a9980
 def is_book(folder: Path) -> bool:
@@ -71,12 +74,32 @@ KEEP_MEMORY = {
 
 # %% ../nbs/training/paths.ipynb #3a1e70c2
 @contextlib.contextmanager
+def postponed(name: str, **known):
+    "A block in which module `name`, unless imported before, is imported only for names that are not `known`."
+
+    def real(attribute: str):
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+        return getattr(importlib.import_module(name), attribute)
+
+    module = ModuleType(name)
+    vars(module).update(known, __getattr__=real)
+    sys.modules.setdefault(name, module)
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+
+# %% ../nbs/training/paths.ipynb #657ddb90
+@contextlib.contextmanager
 def importing():
-    "A block that imports much, without garbage collection; what it leaves is never looked through."
+    "A block that imports much, without what only takes time; what it leaves is never looked through."
     collects = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with postponed("scipy.signal", hamming=None):  # the function that torchmetrics looks for
+            yield
     finally:
         gc.freeze()
         if collects:
