@@ -225,7 +225,7 @@ def kernel(folder: Path):
 
 # %% ../nbs/reference/command-line.ipynb #40ddd34b
 def execute(task: str, parameters: dict[str, Any], config, execution, started=None):
-    "Execute a run notebook; its result. RunFailed, or ValueError for missing data, with its error."
+    "Execute a run notebook; its result. Its error as RunFailed, RunDiverged, or ValueError for missing data."
     folder = task_notebook(task).parent
     with contextlib.nullcontext(started) if started else kernel(folder) as manager:
         return execute_in(manager, task, parameters, config, execution)
@@ -247,7 +247,9 @@ def execute_in(manager, task: str, parameters: dict[str, Any], config, execution
             km=manager, kernel_name="python3", progress_bar=False, stdout_file=sys.stderr,
         )  # fmt: skip
     except PapermillExecutionError as error:
-        kind = ValueError if error.ename == "DataError" else RunFailed
+        from scsa_book.training.sweep import RunDiverged
+
+        kind = {"DataError": ValueError, "NonFiniteLoss": RunDiverged}.get(error.ename, RunFailed)
         raise kind(f"{config.id}: {error.evalue} ({error.ename}; see {work})") from None
     page = nbformat.writes(as_page(done, config)) + "\n"
     write_atomic(result_path(config, execution).with_suffix(".ipynb"), page)
@@ -407,11 +409,10 @@ def execute_evaluation(parameters: dict[str, Any], evaluation, execution):
     work = run_folder(evaluation, execution) / "notebook.ipynb"
     work.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with passing_on_sigterm(), keeping_memory():
+        with kernel(notebook.parent) as manager:
             done = papermill.execute_notebook(
                 str(notebook), str(work), parameters,
-                kernel_name="python3", cwd=str(notebook.parent), progress_bar=False,
-                stdout_file=sys.stderr, extra_arguments=["--IPKernelApp.log_level=50"],
+                km=manager, kernel_name="python3", progress_bar=False, stdout_file=sys.stderr,
             )  # fmt: skip
     except PapermillExecutionError as error:
         kind = ValueError if error.ename in ("DataError", "Misfit", "ValueError") else RunFailed
@@ -438,8 +439,11 @@ def evaluate(
     again: Again = False,
 ) -> None:
     "Evaluate a checkpoint, beside the number that was stated for it."
-    from scsa_book.training.config import Execution
-    from scsa_book.training.evaluate import Evaluation, EvaluationResult, evaluation_path, plan
+    from scsa_book.paths import importing
+
+    with importing():
+        from scsa_book.training.config import Execution
+        from scsa_book.training.evaluate import Evaluation, EvaluationResult, evaluation_path, plan
 
     given = parse_parameters(parameters)
     check_parameters(task_notebook("evaluate"), given)

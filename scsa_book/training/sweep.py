@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JOB', 'ATTEMPTS', 'STUCK', 'KILLED', 'JOBS', 'HEADER', 'SILENCE', 'LINGER', 'REMEDY', 'sweep_folder', 'write_plan',
            'exclusive_run', 'local_gpus', 'free_gpus', 'take_gpu', 'Attempts', 'given_up', 'newest',
-           'noting_interruption', 'attempt', 'job', 'arguments', 'threads_of_a_run', 'on_this_machine',
+           'noting_interruption', 'RunDiverged', 'attempt', 'job', 'arguments', 'threads_of_a_run', 'on_this_machine',
            'profile_folder', 'profile_settings', 'threads_of_a_profile', 'SweepFailed', 'require', 'on_slurm',
            'on_a_cluster', 'where_to_run', 'snakemake', 'snakemake_process', 'sweep_lock', 'log_of', 'reason',
            'status_line', 'progress', 'row', 'rows', 'current_jobs', 'as_table', 'console', 'Display', 'follow',
@@ -173,6 +173,10 @@ def noting_interruption(attempts: Attempts):
         signal.signal(signal.SIGTERM, before)
 
 # %% ../../nbs/training/sweep.ipynb #65b1942b
+class RunDiverged(RuntimeError):
+    "A run whose loss is not finite, as it would be in another attempt."
+
+# %% ../../nbs/training/sweep.ipynb #4e4379c1
 def attempt(folder: Path, run_id: str, work: Callable[[], object]) -> None:
     "One attempt at a run; an error is raised only if there is to be another."
     attempts = Attempts(folder / "attempts" / run_id)
@@ -183,10 +187,11 @@ def attempt(folder: Path, run_id: str, work: Callable[[], object]) -> None:
             with noting_interruption(attempts):
                 work()
         except Exception as error:
-            if given_up(attempts.earlier()) is None:
+            final = isinstance(error, RunDiverged)
+            if not final and given_up(attempts.earlier()) is None:
                 raise
             traceback.print_exc()
-            interrupted = attempts.earlier()[-1][1]
+            interrupted = not final and attempts.earlier()[-1][1]
             why = given_up(attempts.earlier()) if interrupted else " ".join(str(error).split())
     if why:
         note(folder, "failed", run_id, why)
