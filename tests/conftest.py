@@ -7,6 +7,7 @@ import gc
 gc.disable()
 
 import json  # noqa: E402
+import os  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -15,6 +16,9 @@ import pytest  # noqa: E402
 
 # A grammar of addresses that nbformat could check with, and that takes a second of every process to import.
 sys.modules.setdefault("rfc3987_syntax", None)
+
+# As in `make test`: a process with more threads could not be forked (children.py).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 

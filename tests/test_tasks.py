@@ -2,14 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
+import time
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import product
 
 import pytest
 import torch
+from children import child
 from conftest import ROOT
 from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
@@ -39,7 +39,7 @@ DETECTORS = {
 
 def tiny(task, **given):
     network = given.get("network", "faster_rcnn" if task == "detect" else "upernet")
-    options = DETECTORS.get(network, {"channels": 16})
+    options = DETECTORS.get(network, {"channels": 16, "width": 8})
     fixed = {"task": task, "data_options": SCENES, "network_options": options}
     return configure("sample", **{**fixed, **SHORT_RUN, **given})
 
@@ -90,30 +90,20 @@ def test_two_runs_are_equal_to_the_last_bit_and_workers_change_nothing(task, whe
     assert bytes_of(first.network) == bytes_of(second.network)
 
 
-CHILD = """
-import sys, time
-from scsa_book.paths import importing
-with importing():
-    from scsa_book.training.config import Execution, RunConfig
-    from scsa_book.training.run import fit, task_class
-    from scsa_book.training.tasks import TASKS, build_network
+def train_and_wait(say, config, where):
+    "A run that says when it has begun step 2 of epoch 2, and waits there to be asked to leave."
+    kind = run.task_class(config.task)
+    step = kind.training_step
 
-config = RunConfig.model_validate_json(sys.argv[1])
-kind = task_class(config.task)
-step = kind.training_step
+    def waiting(self, batch, batch_idx):
+        if (self.trainer.current_epoch, batch_idx) == (1, 1):
+            say("in the middle")
+            while not self.trainer.received_sigterm:
+                time.sleep(0.01)
+        return step(self, batch, batch_idx)
 
-def waiting(self, batch, batch_idx):
-    if (self.trainer.current_epoch, batch_idx) == (1, 1):
-        print("in the middle", flush=True)
-        while not self.trainer.received_sigterm:
-            time.sleep(0.01)
-    return step(self, batch, batch_idx)
-
-kind.training_step = waiting
-where = Execution(results_dir=sys.argv[2] + "/results", cache_dir=sys.argv[2] + "/cache", accelerator="cpu")
-images = TASKS[config.task].load(config, None)
-fit(config, build_network(config, len(images.classes)), images, where)
-"""
+    kind.training_step = waiting
+    train(config, where)
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +124,13 @@ def whole_run(request, tmp_path_factory):
     ],
     indirect=["whole_run"],
 )
-def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(whole_run, how, where, tmp_path):
+def test_a_run_that_is_killed_or_asked_to_leave_ends_as_if_it_had_not_been(whole_run, how, where):
     config, whole = whole_run
-    command = [sys.executable, "-c", CHILD, config.model_dump_json(), str(tmp_path)]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "in the middle\n" in child.stdout
-    os.kill(child.pid, how)
-    child.communicate(timeout=60)
+    with child(train_and_wait, config, where) as (process, said):
+        assert said.recv() == "in the middle"
+        os.kill(process.pid, how)
+        process.join(60)
+        assert process.exitcode == (-how if how == signal.SIGKILL else 1)
     left = sorted(p.name for p in run_folder(config, where).glob("*.ckpt"))
     middle = ["epoch=0001-after-0000002.ckpt"] if how == signal.SIGTERM else []
     assert left == ["epoch=0000.ckpt", *middle]
@@ -163,7 +153,8 @@ def birds(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_that_goes_away_in_mid_epoch_is_said_and_the_run_goes_on(workers, birds, where, monkeypatch):
-    config = configure("sample", **SHORT_RUN, dataset="folder:birds", network="resnet8")
+    small = {"dataset": "folder:birds", "data_options": {"size": 32}, "network": "resnet8"}
+    config = configure("sample", **SHORT_RUN, **small)
     here = where.model_copy(update={"data_root": birds, "workers": workers, "image_cache": False})
     kind, away = run.task_class("classify"), birds.with_name("away")
     step = kind.training_step

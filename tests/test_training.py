@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import time
 import zipfile
 from contextlib import redirect_stdout
 from datetime import timedelta
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from children import child
 from filelock import FileLock
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -308,65 +308,57 @@ def test_a_compiled_network_keeps_its_names_and_can_be_looked_into(where, compil
 
 # ---- killed
 
-CHILD = """
-import sys, time
-from scsa_book.paths import importing
-with importing():
-    from scsa_book.data.images import load_dataset
-    from scsa_book.training.config import Execution, RunConfig
-    from scsa_book.training.tasks import build_network
-    from scsa_book.training.run import Classify, RunInterrupted, fit
 
-step = Classify.training_step
+def train_and_wait(say, config, where):
+    "A run that says when it has begun step 4 of epoch 3, waits there to be asked to leave, and says so."
+    step = Classify.training_step
 
-def waiting(self, batch, batch_idx):
-    if (self.trainer.current_epoch, batch_idx) == (2, 3):
-        print("in the middle", flush=True)
-        while not self.trainer.received_sigterm:
-            time.sleep(0.01)
-    return step(self, batch, batch_idx)
+    def waiting(self, batch, batch_idx):
+        if (self.trainer.current_epoch, batch_idx) == (2, 3):
+            say("in the middle")
+            while not self.trainer.received_sigterm:
+                time.sleep(0.01)
+        return step(self, batch, batch_idx)
 
-Classify.training_step = waiting
-config = RunConfig.model_validate_json(sys.argv[1])
-where = Execution(results_dir=sys.argv[2] + "/results", cache_dir=sys.argv[2] + "/cache", accelerator="cpu")
-images = load_dataset(config.dataset, None, config.train_images, config.test_images)
-try:
-    fit(config, build_network(config, 10), images, where)
-except RunInterrupted as error:
-    print(error, flush=True)
-"""
+    Classify.training_step = waiting
+    try:
+        train(config, where)
+    except run.RunInterrupted as error:
+        say(str(error))
 
 
-def child_in_the_middle(config, tmp_path):
-    "A process that has begun step 4 of epoch 3 and waits there."
-    command = [sys.executable, "-c", CHILD, config.model_dump_json(), str(tmp_path)]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert "in the middle\n" in child.stdout
-    return child
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    "A configuration, and the run of it that nobody disturbs."
+    config, folder = tiny(attention="scsa", options={"dropout": 0.2}), tmp_path_factory.mktemp("undisturbed")
+    return config, train(config, Execution(results_dir=folder, cache_dir=folder, accelerator="cpu"))
 
 
-def test_a_run_that_is_killed_in_mid_epoch_ends_as_if_it_had_not_been(where, tmp_path):
-    config = tiny(attention="scsa", options={"dropout": 0.2})
-    child = child_in_the_middle(config, tmp_path)
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+def test_a_run_that_is_killed_in_mid_epoch_ends_as_if_it_had_not_been(where, undisturbed):
+    config, whole = undisturbed
+    with child(train_and_wait, config, where) as (process, said):
+        assert said.recv() == "in the middle"
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     left = sorted(p.name for p in result.run_folder(config, where).glob("*.ckpt"))
     assert left == ["epoch=0000.ckpt", "epoch=0001.ckpt"]
 
     resumed = train(config, where)
-    whole = train(config, where.model_copy(update={"cache_dir": tmp_path / "uninterrupted"}))
     assert (resumed.starts, whole.starts) == (2, 1)
     assert [e.epoch for e in resumed.epochs] == [1, 2, 3, 4]
     assert metrics(resumed) == metrics(whole)
     assert bytes_of(resumed.network) == bytes_of(whole.network)
 
 
-def test_a_run_that_is_asked_to_leave_goes_on_from_that_very_step(where, tmp_path):
-    config = tiny(attention="scsa", options={"dropout": 0.2})
-    child = child_in_the_middle(config, tmp_path)
-    child.terminate()
-    said, _ = child.communicate(timeout=60)
-    assert "terminated after 2 epochs; the same call resumes" in said and child.returncode == 0
+def test_a_run_that_is_asked_to_leave_goes_on_from_that_very_step(where, undisturbed):
+    config, whole = undisturbed
+    with child(train_and_wait, config, where) as (process, said):
+        assert said.recv() == "in the middle"
+        process.terminate()
+        assert said.poll(60) and "terminated after 2 epochs; the same call resumes" in said.recv()
+        process.join()
+    assert process.exitcode == 0
     left = sorted(p.name for p in result.run_folder(config, where).glob("*.ckpt"))
     assert left == ["epoch=0000.ckpt", "epoch=0001.ckpt", "epoch=0002-after-0000004.ckpt"]
 
@@ -376,7 +368,6 @@ def test_a_run_that_is_asked_to_leave_goes_on_from_that_very_step(where, tmp_pat
         resumed = train(config, where)
     steps = resumed.task.steps_per_epoch
     assert seen == [*range(4, steps), *range(steps)]  # the rest of epoch 3, and epoch 4
-    whole = train(config, where.model_copy(update={"cache_dir": tmp_path / "uninterrupted"}))
     assert (resumed.starts, [e.epoch for e in resumed.epochs]) == (2, [1, 2, 3, 4])
     assert metrics(resumed) == metrics(whole)
     assert bytes_of(resumed.network) == bytes_of(whole.network)
