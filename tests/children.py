@@ -13,6 +13,7 @@ WITH_TORCH.set_forkserver_preload(["torch"])
 
 def begin(function, say, *given):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     function(say, *given)
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import yaml
+from children import child
 from conftest import ROOT
 from filelock import FileLock
 
@@ -74,17 +75,6 @@ folder, run_id = sys.argv[1:]
 sweep.job(Path(folder), run_id, execute)
 """
 
-DRIVER = """
-import sys
-from scsa_book.paths import importing
-with importing():
-    from scsa_book.training import sweep, tasks
-sweep.JOB = (sys.argv[1],)
-given = eval(sys.argv[2])
-sweep.sweep(given.pop("name"), **given)
-"""
-
-
 @pytest.fixture
 def book(tmp_path, monkeypatch):
     "A book with the workflow, the profiles and two experiments; the working directory is in it."
@@ -116,11 +106,12 @@ def swept(book, monkeypatch, capsys):
     return sweep
 
 
-def driver(book, work, **given):
-    "A sweep in a process of its own; each run takes `work` seconds."
-    words = [sys.executable, "-c", DRIVER, str(book / "worker.py"), repr(given)]
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "WORK": str(work)}
-    return subprocess.Popen(words, cwd=book, env=variables, stdout=subprocess.PIPE, text=True)
+def drive(say, book, work, name):
+    "A sweep of two runs at a time, each of which takes `work` seconds; its output goes to a file."
+    os.environ["WORK"] = str(work)
+    sweeps.JOB = (str(book / "worker.py"),)
+    with open(book.parent / "said", "w", buffering=1) as file, contextlib.redirect_stdout(file):
+        sweeps.sweep(name, cores=2)
 
 
 def starts(book, run_id):
@@ -385,15 +376,15 @@ def test_a_profile_that_snakemake_does_not_understand_is_said(book):
 
 def test_a_sweep_survives_the_kill_of_a_worker_and_of_its_driver(book, swept):
     ids = {config.id for config, _ in experiment("twelve").plan()}
-    first = driver(book, 1, name="twelve", cores=2)
-    until(lambda: len(results(book)) >= 2)
-    victim = until(lambda: [run for run in ids - results(book) if starts(book, run)])[0]
-    os.kill(int(starts(book, victim)[0].split()[0]), signal.SIGKILL)
+    with child(drive, book, 1, "twelve") as (first, _):
+        until(lambda: len(results(book)) >= 2)
+        victim = until(lambda: [run for run in ids - results(book) if starts(book, run)])[0]
+        os.kill(int(starts(book, victim)[0].split()[0]), signal.SIGKILL)
 
-    until(lambda: len(results(book)) >= 5)
-    (snakemake,) = children(first.pid)
-    os.kill(first.pid, signal.SIGKILL)
-    assert first.communicate()[0].startswith("twelve: 12 runs, 0 finished\n[1/12] ")
+        until(lambda: len(results(book)) >= 5)
+        (snakemake,) = children(first.pid)
+        first.kill()
+    assert read(book.parent / "said").startswith("twelve: 12 runs, 0 finished\n[1/12] ")
     until(lambda: not alive(snakemake), 10)
 
     before = results(book)
@@ -408,11 +399,12 @@ def test_a_sweep_survives_the_kill_of_a_worker_and_of_its_driver(book, swept):
 
 
 def test_a_driver_that_is_interrupted_takes_its_jobs_along(book):
-    process = driver(book, 60, name="three", cores=2)
-    begun = until(lambda: [line for c, _ in experiment("three").plan() for line in starts(book, c.id)])
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    ids = [config.id for config, _ in experiment("three").plan()]
+    with child(drive, book, 60, "three") as (process, _):
+        begun = until(lambda: [line for run in ids for line in starts(book, run)])
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 1
     until(lambda: not alive(int(begun[0].split()[0])), 10)
 
 
@@ -613,6 +605,14 @@ def test_kills_without_notice_are_failures(tmp_path):
     attempts.add("begun", "epoch=0003.ckpt")
     sweeps.attempt(tmp_path, "run", lambda: pytest.fail("a third attempt"))
     assert read(tmp_path / "failed" / "run") == sweeps.KILLED and (tmp_path / "done" / "run").exists()
+
+
+def test_a_run_whose_loss_is_no_number_is_not_tried_again(tmp_path):
+    def diverging():
+        raise sweeps.RunDiverged("the loss became nan")
+
+    sweeps.attempt(tmp_path, "run", diverging)
+    assert read(tmp_path / "failed" / "run") == "the loss became nan" and (tmp_path / "done" / "run").exists()
 
 
 # ---- what is shown
