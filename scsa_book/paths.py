@@ -78,6 +78,8 @@ def postponed(name: str, **known):
     "A block in which module `name`, unless imported before, is imported only for names that are not `known`."
 
     def real(attribute: str):
+        if attribute.startswith("__") and attribute != "__path__":  # who inspects all modules uses none
+            raise AttributeError(attribute)
         if sys.modules.get(name) is module:
             del sys.modules[name]
         return getattr(importlib.import_module(name), attribute)

@@ -1,14 +1,15 @@
 """Processes of their own for tests, without the seconds in which each would import PyTorch anew."""
 
+import json
 import multiprocessing
-import os
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 
-FORK = multiprocessing.get_context("fork")  # of this process, and all that it has imported
-WITH_TORCH = multiprocessing.get_context("forkserver")  # of one that has imported PyTorch and nothing else
-WITH_TORCH.set_forkserver_preload(["torch"])
+import pytest
+
+FORK = multiprocessing.get_context("fork")
 
 
 def begin(function, say, *given):
@@ -34,24 +35,40 @@ def child(function, *given):
         process.join()
 
 
-def execute(code, variables, folder, output):
-    os.environ.clear()
+SERVER = """
+import gc, json, os, sys
+gc.disable()
+import torch
+gc.enable()
+for line in sys.stdin:
+    code, variables, output = json.loads(line)
+    if pid := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
     os.environ.update(variables)
-    os.chdir(folder)
-    with open(output, "wb") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
-    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1), os.dup2(file, 2)
+    exec(code, {"__name__": "__main__"})
+    break
+"""
 
 
-def executed(code, folder, **variables):
-    """Exit code and output of `code` in a process that has imported nothing of the book.
+@pytest.fixture(scope="session")
+def server():
+    "A process that has imported PyTorch and nothing else, and executes code in copies of itself."
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes) as process:
+        yield process
 
-    `folder` is one for the output.
-    """
-    output = folder / "output"
-    given = (code, {**os.environ, **variables}, os.getcwd(), output)
-    process = WITH_TORCH.Process(target=execute, args=given)
-    process.start()
-    process.join()
-    return process.exitcode, output.read_text()
+
+@pytest.fixture
+def executed(server, tmp_path):
+    "A function: exit code and output of code in a process that has imported PyTorch alone."
+
+    def execute(code, **variables):
+        output = tmp_path / "output"
+        output.unlink(missing_ok=True)
+        server.stdin.write(json.dumps([code, variables, str(output)]) + "\n")
+        return int(server.stdout.readline()), output.read_text()
+
+    return execute

@@ -13,6 +13,7 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+from children import executed, server  # noqa: E402, F401
 
 # A grammar of addresses that nbformat could check with, and that takes a second of every process to import.
 sys.modules.setdefault("rfc3987_syntax", None)

@@ -2,9 +2,9 @@
 
 import errno
 import gzip
+import importlib
 import pickle
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -56,6 +56,25 @@ def test_the_data_root_is_the_option_else_the_environment(tmp_path, monkeypatch)
     monkeypatch.setenv("SCSA_BOOK_DATA", str(tmp_path))
     assert paths.data_root() == tmp_path
     assert paths.data_root(tmp_path / "given") == tmp_path / "given"
+
+
+def test_a_module_that_is_postponed_is_imported_for_what_is_not_known(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text("known = other = 'real'")
+    monkeypatch.syspath_prepend(tmp_path)
+    with paths.postponed("slow", known="stand-in"):
+        module = importlib.import_module("slow")
+        assert module.known == "stand-in" and not hasattr(module, "__file__")
+    assert "slow" not in sys.modules
+    with paths.postponed("slow", known="stand-in"):
+        assert importlib.import_module("slow").other == "real"
+    with paths.postponed("slow", known="stand-in"):
+        assert sys.modules.pop("slow").known == "real", "it was imported before"
+
+
+def test_metrics_are_imported_without_the_module_that_they_change(executed):
+    code = "import sys; from scsa_book.paths import importing\nwith importing(): import torchmetrics\n"
+    code += "print('scipy.signal' in sys.modules)\nfrom scipy.signal import welch, windows"
+    assert executed(code) == (0, "False\n")
 
 
 # ---- the embedded sample
@@ -118,10 +137,9 @@ def test_images_of_a_figure_go_through_the_classes():
     assert torch.equal(first, fashion.load_split("test")[1][:20])
 
 
-def test_a_figure_needs_neither_torchvision_nor_lightning():
+def test_a_figure_needs_neither_torchvision_nor_lightning(executed):
     code = "import sys, scsa_book.data.fashion; print({'torchvision', 'lightning'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert executed(code) == (0, "set()\n")
 
 
 # ---- datasets

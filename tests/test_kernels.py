@@ -1,9 +1,6 @@
 """Kernels of a GPU on a machine without one: interpreted, built ahead of time, and without Triton."""
 
-import os
 import shutil
-import subprocess
-import sys
 from datetime import timedelta
 
 import pytest
@@ -18,28 +15,35 @@ from scsa_book.networks.compilation import compile_blocks, repeated_blocks, unco
 TESTS = ROOT / "tests"
 
 
-def in_a_process(*command, **variables):
-    "What a fresh process prints; its exit code must be zero."
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])} | variables
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    return done.stdout + done.stderr
+@pytest.fixture
+def printed(executed):
+    "A function: what code prints in a process of its own, whose exit code must be zero."
+
+    def execute(code, **variables):
+        status, said = executed(f"import sys\nassert 'triton' not in sys.modules\n{code}", **variables)
+        assert status == 0, said[-4000:]
+        return said
+
+    return execute
 
 
-def interpreted(*arguments):
+@pytest.fixture
+def interpreted(printed):
+    "A function: what the tests print whose kernels are interpreted."
     pytest.importorskip("triton")
-    command = "-m", "pytest", "-p", "no:xdist", "tests/interpreted.py", *arguments
-    return in_a_process(*command, TRITON_INTERPRET="1")
+    words = ["-p", "no:xdist", str(TESTS / "interpreted.py")]
+    code = "import pytest\nsys.exit(pytest.main({}))"
+    return lambda *arguments: printed(code.format([*words, *arguments]), TRITON_INTERPRET="1")
 
 
-def test_kernels_compute_what_is_written():
+def test_kernels_compute_what_is_written(interpreted):
     "In single precision and small; the rest of the file is slow."
     chosen = "(test_values or test_gradients or fails or memory) and not last"
     assert "passed" in interpreted("-k", chosen)
 
 
 @pytest.mark.slow
-def test_kernels_in_all_types_layouts_and_sizes():
+def test_kernels_in_all_types_layouts_and_sizes(interpreted):
     assert "passed" in interpreted("-m", "slow or not slow")
 
 
@@ -74,11 +78,9 @@ def test_the_page_lists_every_kernel():
 # ---- faults
 
 WITHOUT = """
-import sys, warnings
-from types import SimpleNamespace
+import torch, warnings
 {change}
 warnings.simplefilter("always")
-import torch
 from scsa_book.attention import registry
 from scsa_book.operators import choice
 module, x = registry.create("scsa", 32).eval(), torch.randn(1, 32, 8, 8)
@@ -95,26 +97,26 @@ print([str(w.message) for w in seen if "equations" in str(w.message)])
         ("import triton; triton.__version__ = '3.1.0'", "Triton 3.1.0 is too old; kernels need 3.2"),
     ],
 )
-def test_without_a_usable_triton_the_equations_run_and_one_warning_says_why(change, reason):
+def test_without_a_usable_triton_the_equations_run_and_one_warning_says_why(change, reason, printed):
     pytest.importorskip("triton")
-    said = in_a_process("-c", WITHOUT.format(change=change), TRITON_INTERPRET="1")
+    said = printed(WITHOUT.format(change=change), TRITON_INTERPRET="1")
     assert reason in said and said.count("equations run instead of kernels") == 1
 
 
-def test_the_environment_forces_the_written_form():
+def test_the_environment_forces_the_written_form(printed):
     ask = "from scsa_book.operators import choice, gating; import torch; t = torch.ones(1, 1, 1, 1); "
     ask += "print(choice.chosen(gating.gate_axes.forms, (t, t, t)))"
-    assert "None" in in_a_process("-c", ask, SCSA_BOOK_OPERATORS="written")
-    assert "gate_axes" in in_a_process("-c", ask, SCSA_BOOK_OPERATORS="auto")
+    assert "None" in printed(ask, SCSA_BOOK_OPERATORS="written")
+    assert "gate_axes" in printed(ask, SCSA_BOOK_OPERATORS="auto")
     with pytest.raises(AssertionError, match="SCSA_BOOK_OPERATORS='fast' must be one of auto, written"):
-        in_a_process("-c", ask, SCSA_BOOK_OPERATORS="fast")
+        printed(ask, SCSA_BOOK_OPERATORS="fast")
 
 
-def test_a_cpu_without_a_gpu_imports_no_triton():
-    ask = "import sys; from scsa_book.attention import registry; import torch; "
+def test_a_cpu_without_a_gpu_imports_no_triton(printed):
+    ask = "from scsa_book.attention import registry; import torch; "
     ask += "registry.create('scsa', 32)(torch.randn(1, 32, 8, 8)); "
     ask += "print('scsa_book.operators.gpu' in sys.modules)"
-    assert in_a_process("-c", ask).strip().endswith("False")
+    assert printed(ask).strip().endswith("False")
 
 
 # ---- compiled
