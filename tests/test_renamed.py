@@ -7,8 +7,6 @@ import inspect
 import json
 import pickle
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -129,22 +127,21 @@ def test_every_attribute_and_method_of_0_1_0_is_there(module):
 
 
 MOVED = """
-import sys
+import warnings
 from importlib import import_module
-for old, new in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+warnings.simplefilter("always")
+for old, new in PAIRS:
     assert import_module(old) is import_module(new), old
     import_module(old)
 """
 
 
-def test_an_old_module_is_the_new_one_and_says_so_once():
+def test_an_old_module_is_the_new_one_and_says_so_once(executed):
     rows = [row for row in KIND["module"] if row.new]
-    names = [name for row in rows for name in (row.old, row.new)]
-    command = [sys.executable, "-W", "always", "-c", MOVED, *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, said = executed(MOVED.replace("PAIRS", repr([(row.old, row.new) for row in rows])))
+    assert status == 0, said
     for row in rows:
-        assert done.stderr.count(f"{row.old} was renamed: use {row.new}") == 1, row.old
+        assert said.count(f"{row.old} was renamed: use {row.new}") == 1, row.old
 
 
 @pytest.mark.parametrize("row", KIND["name"], ids=lambda row: f"{row.module}.{row.old}")
@@ -167,11 +164,11 @@ def test_the_error_of_a_removed_name_says_what_to_use(row: Renamed):
         assert importlib.util.find_spec(path), "a module to use that is not there"
 
 
-def test_a_module_that_became_several_gives_its_names_and_warns():
-    code = "import scsa_book.pooling as a, scsa_book.operators.pooling as b; assert a.fitting is b.fitting"
-    command = [sys.executable, "-W", "always", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.count("DeprecationWarning") == 2
+def test_a_module_that_became_several_gives_its_names_and_warns(executed):
+    code = "import warnings; warnings.simplefilter('always'); "
+    code += "import scsa_book.pooling as a, scsa_book.operators.pooling as b; assert a.fitting is b.fitting"
+    status, said = executed(code)
+    assert status == 0 and said.count("DeprecationWarning") == 2
 
 
 def owner(row: Renamed):
@@ -232,13 +229,12 @@ def test_nothing_is_renamed_twice():
     assert len(keys) == len(set(keys)) and keys
 
 
-def test_new_names_say_nothing():
+def test_new_names_say_nothing(executed):
     code = (
-        "from scsa_book.paths import importing\n"
-        "with importing(): import scsa_book.data.images, scsa_book.attention.sa, scsa_book.evidence.ledger"
+        "import warnings; warnings.filterwarnings('error', '.* was renamed', DeprecationWarning)\n"
+        "import scsa_book.data.images, scsa_book.attention.sa, scsa_book.evidence.ledger"
     )
-    done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:scsa_book", "-c", code], cwd=ROOT)
-    assert done.returncode == 0
+    assert executed(code) == (0, "")
 
 
 def test_an_unknown_name_is_still_an_error():
