@@ -1,5 +1,6 @@
 """The command line: a complete run and sweep in a small book of its own, and messages for wrong arguments."""
 
+import contextlib
 import json
 import os
 import re
@@ -72,6 +73,23 @@ def inside(book, monkeypatch):
     return book
 
 
+@pytest.fixture(scope="module")
+def ready(book):
+    "A kernel for several runs; of the variables for its memory one was set before."
+    with pytest.MonkeyPatch.context() as patch:
+        one, other = KEEP_MEMORY
+        patch.setenv(one, "1")
+        patch.delenv(other, raising=False)
+        with cli.kernel(book / "nbs" / "runs") as kernel:
+            yield kernel
+
+
+@pytest.fixture
+def warm(ready, monkeypatch):
+    "Runs do not start a kernel of their own."
+    monkeypatch.setattr(cli, "kernel", lambda folder: contextlib.nullcontext(ready))
+
+
 # ---- a sweep
 
 
@@ -86,6 +104,8 @@ def test_a_sweep_makes_what_it_can_and_reports_the_rest(swept, book):
     names = sorted(path.name for path in (book / "nbs" / "results" / "sample").iterdir())
     assert names == [f"{good}.ipynb", f"{good}.json"], "the other left a result"
     assert (book / ".cache" / "runs" / bad / "notebook.ipynb").is_file()
+    attempts = (book / ".cache" / "sweeps" / "pair" / "attempts" / bad).read_text()
+    assert attempts.count("begun") == 1, "another attempt would have ended like the first"
 
 
 def test_the_result_of_a_sweep_is_that_of_its_configuration(swept, book):
@@ -140,7 +160,7 @@ def test_again_repeats_it(swept, inside, monkeypatch, capsys):
     assert code == 0 and given["again"] is True and "finished before" not in out
 
 
-def test_a_run_without_its_data_says_what_is_missing(inside, tmp_path, capsys):
+def test_a_run_without_its_data_says_what_is_missing(inside, warm, tmp_path, capsys):
     words = ("-p", "dataset=folder:birds", "--data-root", str(tmp_path))
     code, out, err = said(capsys, "run", "classify", *words)
     assert code == 2 and out == ""
@@ -212,30 +232,37 @@ def test_stopping_by_hand_is_no_traceback(inside, capsys, monkeypatch):
     assert said(capsys, "run", "classify", "-p", "seed=97") == (130, "", "")
 
 
-def test_a_kernel_is_ready_for_a_run_keeps_memory_and_ends_with_the_block(tmp_path, monkeypatch):
+def test_a_kernel_is_ready_for_a_run_and_keeps_memory(book, ready):
+    code = "import sys; print(sorted({'torch', 'scsa_book.explain.runs'} & set(sys.modules)))"
+    found = {}
+    client = ready.client()
+    client.start_channels()
+    run_sync(client.wait_for_ready)(timeout=120)
+    aggregate = lambda message: found.update(message["content"])  # noqa: E731
+    run_sync(client.execute_interactive)(code, timeout=60, output_hook=aggregate)
+    client.stop_channels()
+    assert found["text"] == "['scsa_book.explain.runs', 'torch']\n"
+    process = psutil.Process(ready.provisioner.pid)
+    one, other = KEEP_MEMORY
+    environment = process.environ()
+    assert {name: environment[name] for name in KEEP_MEMORY} == {one: "1", other: KEEP_MEMORY[other]}
+    assert process.cwd() == str(book / "nbs" / "runs")
+
+
+def test_a_kernel_ends_with_the_block_and_so_do_its_variables(tmp_path, monkeypatch):
     "Variables that are set keep their values, and the others are unset again afterwards."
+    monkeypatch.setattr(cli, "READY", [])
     one, other = KEEP_MEMORY
     monkeypatch.setenv(one, "1")
     monkeypatch.delenv(other, raising=False)
-    code = "import sys; print(sorted({'torch', 'scsa_book.explain.runs'} & set(sys.modules)))"
-    found = {}
     with pytest.raises(ZeroDivisionError), cli.kernel(tmp_path) as kernel:
         process = psutil.Process(kernel.provisioner.pid)
-        environment, folder = process.environ(), process.cwd()
-        client = kernel.client()
-        client.start_channels()
-        run_sync(client.wait_for_ready)(timeout=120)
-        aggregate = lambda message: found.update(message["content"])  # noqa: E731
-        run_sync(client.execute_interactive)(code, timeout=60, output_hook=aggregate)
-        client.stop_channels()
         raise ZeroDivisionError
-    assert found["text"] == "['scsa_book.explain.runs', 'torch']\n"
-    assert {name: environment[name] for name in KEEP_MEMORY} == {one: "1", other: KEEP_MEMORY[other]}
-    assert folder == str(tmp_path) and not process.is_running()
+    assert not process.is_running()
     assert os.environ[one] == "1" and other not in os.environ
 
 
-def test_a_run_that_is_asked_to_leave_says_so_and_the_next_one_ends_it(inside, capsys):
+def test_a_run_that_is_asked_to_leave_says_so_and_the_next_one_ends_it(inside, warm, capsys):
     book = inside
     # SIGTERM reaches this command alone; the training is in a process that it has started.
     many = {**TINY, "epochs": 15, "seed": 5}
