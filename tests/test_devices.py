@@ -11,11 +11,11 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from torch import nn
 from torch.utils.data import Dataset
 
 from scsa_book.training import devices
 from scsa_book.training.config import ConfigError, Execution, configure, from_notebook
+from scsa_book.training.result import load_result
 from scsa_book.training.run import RunInterrupted, fit
 from scsa_book.training.tasks import TASKS, build_network
 
@@ -95,31 +95,33 @@ def test_processes_that_left_nothing(tmp_path):
 # ---- two processes
 
 
-def test_a_run_on_two_devices_is_one_command(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    given = {**TINY, "epochs": 1, "warmup_epochs": 0}
-    here = {
-        "accelerator": "cpu",
-        "devices": 2,
-        "results_dir": tmp_path / "results",
-        "cache_dir": tmp_path / "cache",
-    }
-    words = [word for name, value in (given | here).items() for word in ("-p", f"{name}={value}")]
-    done = subprocess.run(
-        [sys.executable, "-m", "scsa_book.cli", "run", "classify", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+# Dropout shows whether each process has its random state again, and the loss whether it has its sum.
+GIVEN = {**TINY, "batch_size": 64, "warmup_epochs": 0, "attention": "scsa", "options": {"dropout": 0.2}}
+CONFIG = configure("sample", **GIVEN)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "The command for a run on two devices, and the folder with its result and its cache."
+    folder = tmp_path_factory.mktemp("whole")
+    here = {"accelerator": "cpu", "devices": 2, "results_dir": folder / "results", "cache_dir": folder}
+    words = [word for name, value in (GIVEN | here).items() for word in ("-p", f"{name}={value}")]
+    command = [sys.executable, "-m", "scsa_book.cli", "run", "classify", *words]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True), folder
+
+
+def test_a_run_on_two_devices_is_one_command(whole):
+    done, folder = whole
     assert done.returncode == 0, done.stderr
-    run_id = configure("sample", **given).id
-    (path,) = (tmp_path / "results" / "sample").glob("*.json")
+    (path,) = (folder / "results" / "sample").glob("*.json")
     result = json.loads(path.read_text())
-    assert result["id"] == path.stem == run_id and path.with_suffix(".ipynb").exists()
+    assert result["id"] == path.stem == CONFIG.id and path.with_suffix(".ipynb").exists()
     assert result["machine"]["devices"] == 2 and result["machine"]["threads"] == 1 and result["starts"] == 1
-    assert done.stdout.startswith(run_id)
-    assert [line[:9] for line in done.stderr.splitlines() if line.strip()] == ["epoch 1/1"], "and no warning"
-    assert {p.name for p in (tmp_path / "cache" / run_id).iterdir()} == {"epoch=0000.ckpt", "lock", "log"}
+    assert done.stdout.startswith(CONFIG.id)
+    lines = [line[:9] for line in done.stderr.splitlines() if line.strip()]
+    assert lines == ["epoch 1/2", "epoch 2/2"], "and no warning"
+    assert {p.name for p in (folder / CONFIG.id).iterdir()} == {"epoch=0001.ckpt", "lock", "log"}
 
 
 class Terminating(Dataset):
@@ -138,28 +140,22 @@ class Terminating(Dataset):
         return self.images[batch]
 
 
-def test_an_interrupted_epoch_is_resumed_in_every_process(where, monkeypatch):
-    "Dropout shows whether each process has its random state again, and the loss whether it has its sum."
+def test_an_interrupted_epoch_is_resumed_in_every_process(whole, where, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
-    config = configure("sample", **TINY, batch_size=64, warmup_epochs=0)
-    images = TASKS["classify"].load(config, None)
+    images = TASKS["classify"].load(CONFIG, None)
     stopped = type(images)(**{**vars(images), "train": Terminating(images.train)})
-
-    def trained(cache, images):
-        torch.manual_seed(0)
-        network = nn.Sequential(build_network(config, 10), nn.Dropout(0.3))
-        return fit(config, network, images, where.model_copy(update={"cache_dir": where.cache_dir / cache}))
-
     with pytest.raises(RunInterrupted, match="terminated after 1 epochs; the same call resumes there"):
-        trained("resumed", stopped)
-    (path,) = (where.cache_dir / "resumed" / config.id).glob("*-after-*.ckpt")
+        fit(CONFIG, build_network(CONFIG, 10), stopped, where)
+    (path,) = (where.cache_dir / CONFIG.id).glob("*-after-*.ckpt")
     states = torch.load(path, weights_only=False)["callbacks"]["Reseed"]["ranks"]
     assert len(states) == 2 and not torch.equal(states[0][0], states[1][0])
-    resumed, whole = trained("resumed", images), trained("whole", images)
-    assert (resumed.starts, whole.starts, resumed.devices) == (2, 1, 2)
-    assert [e.metrics for e in resumed.epochs] == [e.metrics for e in whole.epochs]
-    state = whole.network.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in resumed.network.state_dict().items())
+    resumed = fit(CONFIG, build_network(CONFIG, 10), images, where)
+    assert (resumed.starts, resumed.devices) == (2, 2)
+    result = load_result(whole[1] / "results" / "sample" / f"{CONFIG.id}.json")
+    assert [e.metrics for e in resumed.epochs] == [e.metrics for e in result.epochs]
+    state = torch.load(whole[1] / CONFIG.id / "epoch=0001.ckpt", weights_only=False)["state_dict"]
+    found = resumed.network.state_dict()
+    assert found and all(torch.equal(value, state[f"network.{name}"]) for name, value in found.items())
 
 
 WAITING = """

@@ -172,7 +172,7 @@ def run_in(checkout: Path, *given) -> dict:
     "What `classifier_run` returns in a process that imports the library of a checkout."
     sources = "\n".join(map(inspect.getsource, (random_cifar100, classifier_run)))
     call = f"import json\nprint(json.dumps(classifier_run(*{given!r})))"
-    command = [sys.executable, "-c", f"{sources}\n{call}"]
+    command = [sys.executable, "-c", f"import scsa_book\n{sources}\n{call}"]  # first what may be wrong
     how = {"cwd": checkout, "env": {**os.environ, "PYTHONPATH": str(checkout)}}
     done = subprocess.run(command, capture_output=True, text=True, **how)
     if done.returncode:
