@@ -75,6 +75,7 @@ folder, run_id = sys.argv[1:]
 sweep.job(Path(folder), run_id, execute)
 """
 
+
 @pytest.fixture
 def book(tmp_path, monkeypatch):
     "A book with the workflow, the profiles and two experiments; the working directory is in it."

@@ -328,14 +328,15 @@ def train_and_wait(say, config, where):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    "A configuration, and the run of it that nobody disturbs."
-    config, folder = tiny(attention="scsa", options={"dropout": 0.2}), tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory):
+    "A configuration, and the run of it without interruption."
+    config = tiny(attention="scsa", options={"dropout": 0.2})
+    folder = tmp_path_factory.mktemp("uninterrupted")
     return config, train(config, Execution(results_dir=folder, cache_dir=folder, accelerator="cpu"))
 
 
-def test_a_run_that_is_killed_in_mid_epoch_ends_as_if_it_had_not_been(where, undisturbed):
-    config, whole = undisturbed
+def test_a_run_that_is_killed_in_mid_epoch_ends_as_if_it_had_not_been(where, uninterrupted):
+    config, whole = uninterrupted
     with child(train_and_wait, config, where) as (process, said):
         assert said.recv() == "in the middle"
         process.kill()
@@ -351,8 +352,8 @@ def test_a_run_that_is_killed_in_mid_epoch_ends_as_if_it_had_not_been(where, und
     assert bytes_of(resumed.network) == bytes_of(whole.network)
 
 
-def test_a_run_that_is_asked_to_leave_goes_on_from_that_very_step(where, undisturbed):
-    config, whole = undisturbed
+def test_a_run_that_is_asked_to_leave_goes_on_from_that_very_step(where, uninterrupted):
+    config, whole = uninterrupted
     with child(train_and_wait, config, where) as (process, said):
         assert said.recv() == "in the middle"
         process.terminate()
