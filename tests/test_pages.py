@@ -141,14 +141,15 @@ QUICK = ROOT / "nbs/use/into-your-network.ipynb"
         if list(blocks(p))
     ],
 )
-def test_what_a_page_for_the_job_shows_runs_as_it_stands(path, tmp_path):
+def test_what_a_page_for_the_job_shows_runs_as_it_stands(path, tmp_path, executed):
     # In the order of the page, without what it hides: so its first blocks stand alone, too.
     file = tmp_path / "pasted.py"
     whole = ["from IPython.display import display", *(body for _, body in blocks(path))]
     file.write_text("\n".join(whole), "utf-8")
-    quiet = {"cwd": path.parent, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, file], env=os.environ | {"MPLBACKEND": "agg"}, **quiet)
-    assert done.returncode == 0, done.stderr[-2000:]
+    folder, name = str(path.parent), str(file)
+    code = f"import os, runpy; os.chdir({folder!r}); runpy.run_path({name!r}, run_name='__main__')"
+    status, said = executed(code, MPLBACKEND="agg")
+    assert status == 0, said[-2000:]
 
 
 # ---- exercises

@@ -129,10 +129,12 @@ def test_every_attribute_and_method_of_0_1_0_is_there(module):
 MOVED = """
 import warnings
 from importlib import import_module
+from scsa_book.paths import importing
 warnings.simplefilter("always")
-for old, new in PAIRS:
-    assert import_module(old) is import_module(new), old
-    import_module(old)
+with importing():
+    for old, new in PAIRS:
+        assert import_module(old) is import_module(new), old
+        import_module(old)
 """
 
 
@@ -232,7 +234,8 @@ def test_nothing_is_renamed_twice():
 def test_new_names_say_nothing(executed):
     code = (
         "import warnings; warnings.filterwarnings('error', '.* was renamed', DeprecationWarning)\n"
-        "import scsa_book.data.images, scsa_book.attention.sa, scsa_book.evidence.ledger"
+        "from scsa_book.paths import importing\n"
+        "with importing(): import scsa_book.data.images, scsa_book.attention.sa, scsa_book.evidence.ledger"
     )
     assert executed(code) == (0, "")
 
