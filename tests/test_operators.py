@@ -539,8 +539,9 @@ def test_an_exported_program_holds_no_write_and_no_python(name):
         assert relative(program.module()(other).detach(), module(other).detach()) < 1e-5
 
 
+# What knows symbolic sizes is the choice of a form, which is tested above for every operator.
 @MECHANISM
-@pytest.mark.parametrize("mode", ["real", "symbolic"])
+@pytest.mark.parametrize("mode", ["real", pytest.param("symbolic", marks=pytest.mark.slow)])
 def test_a_functional_graph_holds_no_write(name, mode):
     "In the mode of real tensors an operator of ours appears whole."
     module, (x, other) = build(name), torch.randn(2, 2, WIDTH, 15, 22)
