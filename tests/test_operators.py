@@ -283,7 +283,7 @@ def calls(case, shape, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_small_images_are_done_together(case, layout):
     "A call for each of them takes longer than what it computes; one for as many as a cache holds does not."
-    small, many = (2, 8, 12, 12), (4352, 8, 12, 12)  # more numbers than any cache holds
+    small, many = (2, 8, 12, 12), (1088, 8, 12, 12)  # five times as many numbers as are done together
     pieces = math.prod(many) / OF_SEVERAL
     assert calls(case, many, LAYOUTS[layout]) <= 10 * pieces * calls(case, small, LAYOUTS[layout])
 
