@@ -3694,6 +3694,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'scsa_book/training/experiments.py'),
                                                 'scsa_book.training.experiments.one_each': ( 'training/experiments.html#one_each',
                                                                                              'scsa_book/training/experiments.py'),
+                                                'scsa_book.training.experiments.parse_experiments': ( 'training/experiments.html#parse_experiments',
+                                                                                                      'scsa_book/training/experiments.py'),
                                                 'scsa_book.training.experiments.with_options': ( 'training/experiments.html#with_options',
                                                                                                  'scsa_book/training/experiments.py')},
             'scsa_book.training.history': { 'scsa_book.training.history.EpochMonitor': ( 'training/history.html#epochmonitor',

@@ -1,5 +1,6 @@
 """Files for other runtimes: every mechanism is right there, or refused with a reason and without a file."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -23,6 +24,19 @@ def needs(runtime):
     known = runtimes.RUNTIMES[runtime]
     packages = runtimes.absent(known.to_write | known.to_run)
     return pytest.mark.skipif(bool(packages), reason=f"pip install {' '.join(packages)}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def translations_are_read_once():
+    "PyTorch reads its five hundred translations into ONNX anew for every file, for a quarter of a second."
+    if runtimes.absent({"onnxscript": "onnxscript"}):
+        yield
+        return
+    from onnxscript.values import TracedOnnxFunction as Translation
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Translation, "function_ir", property(functools.cache(Translation.function_ir.fget)))
+        yield
 
 
 def off_in_openvino(model, network, inputs):

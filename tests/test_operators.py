@@ -283,7 +283,7 @@ def calls(case, shape, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_small_images_are_done_together(case, layout):
     "A call for each of them takes longer than what it computes; one for as many as a cache holds does not."
-    small, many = (2, 8, 12, 12), (4352, 8, 12, 12)  # more numbers than any cache holds
+    small, many = (2, 8, 12, 12), (1088, 8, 12, 12)  # five times as many numbers as are done together
     pieces = math.prod(many) / OF_SEVERAL
     assert calls(case, many, LAYOUTS[layout]) <= 10 * pieces * calls(case, small, LAYOUTS[layout])
 
@@ -539,8 +539,9 @@ def test_an_exported_program_holds_no_write_and_no_python(name):
         assert relative(program.module()(other).detach(), module(other).detach()) < 1e-5
 
 
+# What knows symbolic sizes is the choice of a form, which is tested above for every operator.
 @MECHANISM
-@pytest.mark.parametrize("mode", ["real", "symbolic"])
+@pytest.mark.parametrize("mode", ["real", pytest.param("symbolic", marks=pytest.mark.slow)])
 def test_a_functional_graph_holds_no_write(name, mode):
     "In the mode of real tensors an operator of ours appears whole."
     module, (x, other) = build(name), torch.randn(2, 2, WIDTH, 15, 22)

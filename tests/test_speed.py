@@ -268,8 +268,8 @@ def test_a_compiled_module_is_compiled_in_every_run():
 # ---- ours are faster
 
 
-def best_ratio(name, shape, layout, work=speed.forward, attempts=4):
-    "Times as fast as the equations, in processor time of one thread: the best of some medians."
+def is_faster(times, name, shape, layout, work=speed.forward, attempts=4):
+    "Whether one of some medians is that many times as fast as the equations, in processor time of one thread."
     torch.manual_seed(0)
     ours = registry.create(name, shape[1])
     x = torch.randn(*shape).contiguous(memory_format=layout)
@@ -281,8 +281,10 @@ def best_ratio(name, shape, layout, work=speed.forward, attempts=4):
             run()
         return time.process_time() - start
 
-    rounds = [[taken(its) / taken(mine) for _ in range(7)] for _ in range(attempts)]
-    return max(map(statistics.median, rounds))
+    def median():
+        return statistics.median(taken(its) / taken(mine) for _ in range(7))
+
+    return any(median() > times for _ in range(attempts))
 
 
 @pytest.fixture
@@ -308,13 +310,13 @@ GOALS = [  # what was aimed at; seven tenths of it must be there on any day
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("name", "shape", "layout", "goal"), GOALS, ids=str)
 def test_the_fast_path_is_fast(name, shape, layout, goal):
-    assert best_ratio(name, shape, layout) > 0.7 * goal
+    assert is_faster(0.7 * goal, name, shape, layout)
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("name", "goal"), [("scsa", 1.6), ("smsa", 1.6), ("ca", 1.5)])
 def test_the_backward_pass_is_fast(name, goal):
-    assert best_ratio(name, (2, 256, 56, 56), FIRST, speed.training, attempts=2) > 0.7 * goal
+    assert is_faster(0.7 * goal, name, (2, 256, 56, 56), FIRST, speed.training, attempts=2)
 
 
 # ---- the page

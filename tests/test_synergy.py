@@ -337,6 +337,8 @@ def test_compiles_whole_and_exports(name):
     assert torch.allclose(program.module()(many), module(many), atol=1e-6)
 
 
+# The quick tests export the module with free sizes in test_deploy and compile it for three sizes above.
+@pytest.mark.slow
 def test_sizes_may_be_free():
     "Of an exported program, which asks for two windows on either axis, and of a compiled one."
     module, free = build("scsa").eval(), {axis: torch.export.Dim(f"axis{axis}", min=14) for axis in (2, 3)}

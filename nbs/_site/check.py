@@ -7,6 +7,7 @@ meant to be rendered (`:::`, `?@fig`, `#| export`). Plain links to other sites a
 import re
 import sys
 from html.parser import HTMLParser
+from os.path import normpath
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -29,6 +30,7 @@ LOADS = {
 PASSIVE = {"canonical", "alternate", "prev", "next", "license", "author"}  # <link rel> that loads nothing
 LITERAL = ("script", "style", "pre", "code")  # text that is not rendered
 CSS = re.compile(r"(?:url\(\s*|@import\s+)[\"']?([^\"')\s]+)")
+HIGHLIGHTS = re.compile(r'<span class="[^"]*">|</span>')  # nine tenths of a page's tags, without an address or an anchor
 UNRENDERED = re.compile(r":::|\?@[\w-]+|#\| ?\w+|\{#(?:fig|tbl|eq|sec)-")
 
 
@@ -39,7 +41,7 @@ class Page(HTMLParser):
         super().__init__()
         self.loads, self.links, self.ids, self.words = [], [], set(), []
         self.open = []
-        self.feed(source)
+        self.feed(HIGHLIGHTS.sub("", source))
         self.text = "".join(self.words)
 
     def handle_starttag(self, tag, attributes):
@@ -90,7 +92,7 @@ def is_local(address):
 def target_of(page, address):
     "The file of a local address on `page`."
     path = unquote(urlsplit(address).path)
-    target = (page.parent / path).resolve() if path else page.resolve()
+    target = Path(normpath(page.parent / path)) if path else page
     return target / "index.html" if target.is_dir() else target
 
 
@@ -103,7 +105,7 @@ class Found(NamedTuple):
 
 
 def look_at(path):
-    "The defects of one page, and its links."
+    "The defects of one page, whose path has no symbolic link, and its links."
     page = Page(path.read_text("utf-8"))
     targets = {a: target_of(path, a) for a in dict.fromkeys(page.loads + page.links) if is_local(a)}
     wrong = [f"loads {address}" for address in page.loads if external(address)]

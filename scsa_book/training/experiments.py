@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SNAKEMAKE', 'NAMES', 'Options', 'Seeds', 'Plan', 'LOADER', 'of_mechanisms', 'Resources', 'Scale', 'one_each',
-           'with_options', 'Experiment', 'experiments_file', 'load_experiments', 'experiment']
+           'with_options', 'Experiment', 'experiments_file', 'parse_experiments', 'load_experiments', 'experiment']
 
 # %% ../../nbs/training/experiments.ipynb #6516debc
+import functools
 import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -132,13 +133,19 @@ def experiments_file(root: Path | None = None) -> Path:
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's takes a sixth of the time
 
 
+@functools.lru_cache(maxsize=2)
+def parse_experiments(text: str) -> dict[str, Experiment]:
+    "The experiments of a file. Pages ask for the same one dozens of times."
+    listed = yaml.load(text, LOADER) or {}
+    named = {name: values for name, values in listed.items() if not name.startswith(".")}
+    return {name: Experiment(**values) for name, values in named.items()}
+
+
 def load_experiments(path: Path | None = None) -> dict[str, Experiment]:
     "All experiments by name; ConfigError says what is wrong in the file."
     path = path or experiments_file()
     try:
-        listed = yaml.load(path.read_text(encoding="utf-8"), LOADER) or {}
-        named = {name: values for name, values in listed.items() if not name.startswith(".")}
-        return {name: Experiment(**values) for name, values in named.items()}
+        return dict(parse_experiments(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise ConfigError(f"{path.name}: {one_line(error)}") from None
     except (yaml.YAMLError, AttributeError, TypeError) as error:
