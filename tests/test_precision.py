@@ -5,6 +5,7 @@ import torch
 from test_attention import NARROW
 
 from scsa_book.attention import cat, registry
+from scsa_book.operators.precision import DilatedConv2d
 
 SETTINGS = [(128, 1, (14, 14)), (128, 10, (9, 13)), (256, 50, (7, 7)), (128, 50, (14, 14))]
 
@@ -66,3 +67,56 @@ def test_cat_keeps_the_type_of_its_map_under_autocast(fusion):
         y, maps = module(x), module.attention_maps(x)
     assert {t.dtype for t in (y, *maps.values())} == {torch.bfloat16}
     assert module(x.float()).dtype == torch.float32
+
+
+# ---- convolutions that a CPU does not compute right
+
+
+DIRTY = """
+import torch
+from scsa_book.operators.precision import DilatedConv2d
+from scsa_book.training.run import keep_memory
+
+keep_memory()  # what is released is used again as it is
+torch.set_num_threads(1)
+
+
+def leave_nan_in_memory():
+    del [torch.full((n,), float("nan")) for n in (2**k for k in range(6, 23)) for _ in range(6)][:]
+
+
+def gradients(conv, x, dtype):
+    found = []
+    for _ in range(6):
+        leave_nan_in_memory()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+            y = conv(x if dtype is None else x.to(dtype))
+        leave_nan_in_memory()
+        found += torch.autograd.grad(y.float().square().mean(), conv.weight)
+    return found
+
+
+x = torch.randn(2, 16, 32, 32).to(memory_format=torch.channels_last)
+for groups in (2, 16):
+    conv = DilatedConv2d(16, 16, 3, padding=2, dilation=2, groups=groups)
+    conv.to(memory_format=torch.channels_last)
+    expected = gradients(conv, x, torch.float32)[0]
+    for found in (gradients(conv, x, None), gradients(conv.bfloat16(), x, torch.bfloat16)):
+        for gradient in found:
+            assert (gradient.float() - expected).norm() < 0.02 * expected.norm(), (conv, gradient)
+"""
+
+
+def test_the_gradient_of_a_dilated_convolution_with_groups_is_right(executed):
+    assert executed(DIRTY) == (0, "")
+
+
+def test_dilated_convolutions_are_computed_in_the_type_that_was_asked_for():
+    x = torch.randn(2, 8, 9, 9)
+    for kind in ({"groups": 4, "dilation": 2}, {"groups": 1, "dilation": 2}, {"groups": 4, "dilation": 1}):
+        conv = DilatedConv2d(8, 8, 3, **kind)
+        assert conv(x).dtype == torch.float32 and conv.double()(x.double()).dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv.float()(x).dtype == torch.bfloat16
+            assert conv.double()(x.double()).dtype == torch.float64
+        assert conv.bfloat16()(x.bfloat16()).dtype == torch.bfloat16

@@ -269,7 +269,7 @@ def test_a_compiled_module_is_compiled_in_every_run():
 
 
 def is_faster(times, name, shape, layout, work=speed.forward, attempts=4):
-    "Whether one of some medians is that many times as fast as the equations, in processor time of one thread."
+    "Whether some median is that many times as fast as the equations, in processor time of one thread."
     torch.manual_seed(0)
     ours = registry.create(name, shape[1])
     x = torch.randn(*shape).contiguous(memory_format=layout)

@@ -30,7 +30,7 @@ LOADS = {
 PASSIVE = {"canonical", "alternate", "prev", "next", "license", "author"}  # <link rel> that loads nothing
 LITERAL = ("script", "style", "pre", "code")  # text that is not rendered
 CSS = re.compile(r"(?:url\(\s*|@import\s+)[\"']?([^\"')\s]+)")
-HIGHLIGHTS = re.compile(r'<span class="[^"]*">|</span>')  # nine tenths of a page's tags, without an address or an anchor
+HIGHLIGHTS = re.compile(r'<span class="[^"]*">|</span>')  # most tags; no address
 UNRENDERED = re.compile(r":::|\?@[\w-]+|#\| ?\w+|\{#(?:fig|tbl|eq|sec)-")
 
 

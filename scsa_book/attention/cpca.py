@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .base import Attention, Authors, Entry, check_positive
 from ..operators.pooling import global_average, global_maximum
+from ..operators.precision import in_single_precision
 
 # %% ../../nbs/hybrid/cpca.ipynb #852a78da
 class ChannelWeights(nn.Module):
@@ -50,11 +51,9 @@ def of_strips(pair: nn.Sequential, u: Tensor) -> Tensor:
     "`pair(u)`, in single precision where bfloat16 is not safe."
     if u.device.type != "cpu" or u.dtype != torch.bfloat16 or pair[0].kernel_size[1] <= NARROW:
         return pair(u)
-    y = u.float()
-    with torch.autocast("cpu", enabled=False):
-        for conv in pair:
-            weight, bias = conv.weight.float(), conv.bias.float()
-            y = F.conv2d(y, weight, bias, padding=conv.padding, groups=conv.groups)
+    y = u
+    for conv in pair:
+        y = in_single_precision(conv, y)
     return y.to(u.dtype)
 
 # %% ../../nbs/hybrid/cpca.ipynb #8693c826

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from .base import Attention, Authors, Entry, check_positive
 from ..operators.affine import add_product
 from ..operators.pooling import global_average
+from ..operators.precision import DilatedConv2d
 
 # %% ../../nbs/channel/sk.ipynb #348970b9
 def branch(channels: int, dilation: int, groups: int, **factory) -> nn.Sequential:
     "A grouped 3x3 convolution with a receptive field of 2 d + 1, batch normalisation, ReLU."
     kw = {"padding": dilation, "dilation": dilation, "groups": groups, **factory}
-    conv = nn.Conv2d(channels, channels, 3, bias=False, **kw)
+    conv = DilatedConv2d(channels, channels, 3, bias=False, **kw)
     norm = nn.BatchNorm2d(channels, **factory)
     return nn.Sequential(conv, norm, nn.ReLU())
 
