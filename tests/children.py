@@ -9,7 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 
-FORK = multiprocessing.get_context("fork")
+
+def way_to_start():
+    "Copies of this process on Linux; not with a GPU, whose threads no copy has."
+    import torch  # here, since the process that hands out the tests needs none
+
+    copied = sys.platform == "linux" and not torch.cuda.is_available()
+    return multiprocessing.get_context("fork" if copied else "spawn")
 
 
 def begin(function, say, *given):
@@ -22,10 +28,11 @@ def begin(function, say, *given):
 def child(function, *given):
     """A process that executes `function(say, *given)`, and a connection that receives what it says.
 
-    It begins as a copy of this one, and is killed with the block.
+    It begins as a copy of this one where that can be, and is killed with the block.
     """
-    receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=begin, args=(function, sender.send, *given))
+    start = way_to_start()
+    receiver, sender = start.Pipe(duplex=False)
+    process = start.Process(target=begin, args=(function, sender.send, *given))
     process.start()
     sender.close()
     try:
