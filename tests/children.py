@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -9,16 +10,13 @@ from contextlib import contextmanager
 
 import pytest
 
-
-def way_to_start():
-    "Copies of this process on Linux; not with a GPU, whose threads no copy has."
-    import torch  # here, since the process that hands out the tests needs none
-
-    copied = sys.platform == "linux" and not torch.cuda.is_available()
-    return multiprocessing.get_context("fork" if copied else "spawn")
+START = multiprocessing.get_context("forkserver")
+START.set_forkserver_preload(["scsa_book.training.run"])
 
 
-def begin(function, say, *given):
+def begin(variables, function, say, *given):
+    os.environ.clear()
+    os.environ.update(variables)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     function(say, *given)
@@ -28,11 +26,11 @@ def begin(function, say, *given):
 def child(function, *given):
     """A process that executes `function(say, *given)`, and a connection that receives what it says.
 
-    It begins as a copy of this one where that can be, and is killed with the block.
+    It begins as a copy of one that has imported what a run needs and done nothing: PyTorch cannot compute
+    gradients in a copy of a process that has threads for them. It is killed with the block.
     """
-    start = way_to_start()
-    receiver, sender = start.Pipe(duplex=False)
-    process = start.Process(target=begin, args=(function, sender.send, *given))
+    receiver, sender = START.Pipe(duplex=False)
+    process = START.Process(target=begin, args=(dict(os.environ), function, sender.send, *given))
     process.start()
     sender.close()
     try:
