@@ -18,7 +18,7 @@ from children import executed, server  # noqa: E402, F401
 # A grammar of addresses that nbformat could check with, and that takes a second of every process to import.
 sys.modules.setdefault("rfc3987_syntax", None)
 
-# As in `make test`: a process with more threads could not be forked (children.py).
+# As in `make test`: two workers with as many threads as cores wait for each other, and so do their children.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
