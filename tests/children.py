@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -38,6 +39,20 @@ def child(function, *given):
     finally:
         process.kill()
         process.join()
+
+
+def wait_at(task, epoch, batch, say):
+    "Makes runs of a class of tasks say that they have begun this step, and wait there to be asked to leave."
+    step = task.training_step
+
+    def waiting(self, images, index):
+        if (self.trainer.current_epoch, index) == (epoch, batch):
+            say("in the middle")
+            while not self.trainer.received_sigterm:
+                time.sleep(0.01)
+        return step(self, images, index)
+
+    task.training_step = waiting
 
 
 SERVER = """

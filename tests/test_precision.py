@@ -82,7 +82,8 @@ torch.set_num_threads(1)
 
 
 def leave_nan_in_memory():
-    del [torch.full((n,), float("nan")) for n in (2**k for k in range(6, 23)) for _ in range(6)][:]
+    tensors = [torch.full((2**k,), float("nan")) for k in range(6, 23) for _ in range(6)]
+    del tensors
 
 
 def gradients(conv, x, dtype):

@@ -2,14 +2,13 @@
 
 import os
 import signal
-import time
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import product
 
 import pytest
 import torch
-from children import child
+from children import child, wait_at
 from conftest import ROOT
 from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
@@ -92,17 +91,7 @@ def test_two_runs_are_equal_to_the_last_bit_and_workers_change_nothing(task, whe
 
 def train_and_wait(say, config, where):
     "A run that says when it has begun step 2 of epoch 2, and waits there to be asked to leave."
-    kind = run.task_class(config.task)
-    step = kind.training_step
-
-    def waiting(self, batch, batch_idx):
-        if (self.trainer.current_epoch, batch_idx) == (1, 1):
-            say("in the middle")
-            while not self.trainer.received_sigterm:
-                time.sleep(0.01)
-        return step(self, batch, batch_idx)
-
-    kind.training_step = waiting
+    wait_at(run.task_class(config.task), 1, 1, say)
     train(config, where)
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 import zipfile
 from contextlib import redirect_stdout
 from datetime import timedelta
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import child
+from children import child, wait_at
 from filelock import FileLock
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -311,16 +310,7 @@ def test_a_compiled_network_keeps_its_names_and_can_be_looked_into(where, compil
 
 def train_and_wait(say, config, where):
     "A run that says when it has begun step 4 of epoch 3, waits there to be asked to leave, and says so."
-    step = Classify.training_step
-
-    def waiting(self, batch, batch_idx):
-        if (self.trainer.current_epoch, batch_idx) == (2, 3):
-            say("in the middle")
-            while not self.trainer.received_sigterm:
-                time.sleep(0.01)
-        return step(self, batch, batch_idx)
-
-    Classify.training_step = waiting
+    wait_at(Classify, 2, 3, say)
     try:
         train(config, where)
     except run.RunInterrupted as error:

@@ -140,7 +140,7 @@ def parse_experiments(text: str) -> dict[str, Experiment]:
     named = {name: values for name, values in listed.items() if not name.startswith(".")}
     return {name: Experiment(**values) for name, values in named.items()}
 
-
+# %% ../../nbs/training/experiments.ipynb #2f29a494
 def load_experiments(path: Path | None = None) -> dict[str, Experiment]:
     "All experiments by name; ConfigError says what is wrong in the file."
     path = path or experiments_file()
