@@ -128,14 +128,12 @@ def sparse_attention(
     k: Tensor,
     v: Tensor,
     pattern: str,  # one of `PATTERNS`
-    stride: int,
+    stride: int,  # one above N gives the same result as N, with more work
     causal: bool = False,
     summary: int = 1,
 ) -> Tensor:  # (B, heads, N, d)
     "`dense_weights(q, k, ...) @ v`, with work only for the candidates of each block."
     n = q.shape[-2]
-    if isinstance(stride, int):  # else it is free, the width of the map
-        stride = min(stride, n)  # a larger one gives the same result
     summary = min(summary, stride)
     positions = torch.arange(n, device=q.device)[:, None]
     mask = block_mask(pattern, positions, stride, causal, summary)
@@ -179,7 +177,10 @@ class PatternAttention(Attention):
 
     def rule(self, x: Tensor) -> tuple[int, bool, int]:
         "Stride, causal, summary."
-        return self.stride or x.shape[-1], self.causal, self.summary
+        height, width = x.shape[2:]
+        # The width as it is: with free sizes the compiler sees that it divides H W, but not that min(...) does.
+        stride = min(self.stride, height * width) if self.stride else width
+        return stride, self.causal, self.summary
 
     def finish(self, x: Tensor, received: Sequence[Tensor]) -> Tensor:
         "The output, given the weighted sums of each pattern, (B, heads of the pattern, N, d)."
