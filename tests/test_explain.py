@@ -29,7 +29,7 @@ from scsa_book.explain.mechanisms import fact
 from scsa_book.explain.receptive_field import contributions, drawn_sides, profile, side_length
 from scsa_book.explain.runs import show_gates
 from scsa_book.networks.build import build
-from scsa_book.networks.placement import attend, maps_of
+from scsa_book.networks.placement import attend, attend_modules, attentions, detach, maps_of
 from scsa_book.paths import DataError, embedded
 from scsa_book.training.measured import hits, in_words, measured, photographs, run_images
 from scsa_book.training.trained import from_file, from_name
@@ -126,10 +126,19 @@ def test_a_mechanism_inside_another_is_a_part_of_it():
     ] * 3
 
 
-def test_folded_attention_keeps_its_gain():
-    network, x = a_network("se", gain=3.0), torch.randn(1, 3, 16, 16)
-    before = network(x)
-    torch.testing.assert_close(fold(network, gates_of(network, [x]))(x), before, rtol=1e-4, atol=1e-5)
+def test_folded_attention_keeps_its_gain_and_shows_its_constants():
+    network, x = a_network("cbam", gain=3.0), torch.randn(1, 3, 16, 16)
+    before, maps = network(x), maps_of(network, x)
+    fold(network, gates_of(network, [x]))
+    torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-5)
+    found = maps_of(network, torch.cat([x, 2 * x]))
+    assert list(found) == list(maps) and attention_map(network, x).shape == (1, 4, 4)
+    for name, factors in maps.items():
+        for factor, expected in factors.items():
+            torch.testing.assert_close(found[name][factor], expected.expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match=r"layer1\S+ was never called: no images, or its gates are"):
+        gates_of(network, [x])
+    assert not attentions(detach(network))
 
 
 def test_gates_of_restores_the_mode_and_removes_its_hooks():
@@ -287,11 +296,48 @@ def test_grad_cam_needs_no_parameter_with_a_gradient():
         ({"layer": "layer2", "classes": [10]}, "class 10 is none of 0 to 9"),
         ({"layer": "layer2", "classes": [1, 2]}, "2 classes for 1 images"),
         ({"layer": "layer2", "method": "Grad"}, "unknown method 'Grad'"),
+        ({"layer": "layer2", "method": "AblationCAM"}, "unknown method 'AblationCAM'"),
+        ({"layer": "layer2", "method": "RefineCAM"}, "unknown method 'RefineCAM'"),
+        ({"layer": "layer2", "classes": [1.5]}, "class 1.5 is no integer"),
+        ({"layer": "layer2", "x": torch.randn(0, 3, 16, 16)}, r"at least one image, got \(0, 3, 16, 16\)"),
+        ({"layer": "layer2", "x": torch.randn(1, 3, 16, 16).bfloat16()}, "no bfloat16: pass x.float"),
     ],
 )
 def test_a_class_map_that_cannot_be_made_is_named(how, said):
     with pytest.raises(ValueError, match=said):
-        class_map(a_network("se"), torch.randn(1, 3, 16, 16), **how)
+        class_map(a_network("se"), **{"x": torch.randn(1, 3, 16, 16), **how})
+
+
+class Failing(nn.Module):
+    "Looks up a class that there is not, where gradients are computed."
+
+    def forward(self, x):
+        return x.mean((2, 3))[:, [0, 1, 9] if x.grad_fn else [0, 1]]
+
+
+@needs_grad_cam
+def test_an_index_error_of_a_network_is_raised():
+    "grad-cam prints it, and its context returns nothing."
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Failing())
+    with pytest.raises(RuntimeError, match="GradCAM failed: index 9 is out of bounds"):
+        class_map(network, torch.randn(1, 3, 8, 8), "0", classes=[0])
+
+
+@needs_grad_cam
+def test_gradients_are_computed_in_inference_mode_too():
+    network, x = a_network("se"), torch.randn(1, 3, 16, 16)
+    expected = class_map(network, x, "layer2"), contributions(network, [x], "layer2")
+    with torch.inference_mode():
+        found = class_map(network, x + 0, "layer2"), contributions(network, [x + 0], "layer2")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("look", [gates_of, lambda n, images: contributions(n, images, "layer2")])
+def test_layers_in_evaluation_mode_stay_in_it(look):
+    network = a_network("se").train()
+    network.layer1.eval()
+    look(network, [torch.randn(2, 3, 16, 16)])
+    assert network.training and not any(m.training for m in network.layer1.modules())
 
 
 def test_an_image_too_small_for_any_map_is_named():
@@ -318,8 +364,9 @@ def test_what_is_no_photograph_is_named(tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(DataError, match="cannot decode text.jpg"):
         photograph(tmp_path / "text.jpg")
-    with pytest.raises(DataError, match="cannot reach"):
-        photograph(tmp_path / "away.jpg")
+    for path in (tmp_path / "away.jpg", tmp_path):
+        with pytest.raises(ValueError, match="there is no such file"):
+            photograph(path)
 
 
 def test_a_map_of_strips_is_their_product():
@@ -340,6 +387,32 @@ def test_a_network_without_a_map_is_named(name, layer, said):
     network = a_network(name) if name else build("resnet8", 10)
     with pytest.raises(ValueError, match=said):
         attention_map(network, torch.randn(1, 3, 16, 16), layer)
+
+
+def test_placed_modules_without_maps_are_passed_over():
+    "A module of another library, and a factor alone."
+    network, x = attend_modules(build("resnet8", 10), "conv1", Closed), torch.randn(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="Closed here, and no maps"):
+        maps_of(network, x)
+    maps = maps_of(attend(network, "cbam"), x)
+    assert list(maps) == [n for n in attentions(network) if n != "conv1.attention"]
+    with pytest.raises(ValueError, match="Identity here, and no maps"):
+        maps_of(attend(build("resnet8", 10), None, position="after_conv2", gain=0.5), x)
+
+
+class Closed(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+
+    def forward(self, x):
+        return x / 2
+
+
+def test_a_png_needs_a_name_in_a_folder(tmp_path):
+    for path, said in ((tmp_path / "no/a.png", "there is no folder .*no"), (tmp_path, "this is a folder")):
+        with pytest.raises(ValueError, match=said):
+            save_png(draw_over(torch.rand(3, 8, 8), {}), path)
+    plt.close("all")
 
 
 def test_a_png_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -381,6 +454,29 @@ def test_a_network_that_is_not_there_is_named(tmp_path):
         from_file(tmp_path / "no.pth")
     with pytest.raises(ValueError, match="no position 'nowhere'"):
         from_name("resnet8", "se", position="nowhere", classes=10)
+    with pytest.raises(ValueError, match="position='after_conv2', heads=0 without attention"):
+        from_name("resnet8", position="after_conv2", heads=0)
+
+
+def test_a_network_by_its_name_draws_from_its_own_seed():
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    one, other = (from_name("resnet8", classes=4).network.state_dict() for _ in range(2))
+    assert torch.equal(torch.rand(2), expected) and all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"got torch.uint8: x.float\(\) / 255"),
+        (torch.zeros(3, 8, 8), r"\(B, 3, H, W\) or \(B, 1, H, W\), got \(3, 8, 8\)"),
+        (torch.zeros(1, 4, 8, 8), r"got \(1, 4, 8, 8\)"),
+    ],
+)
+def test_images_that_a_network_does_not_take_are_named(x, said):
+    with pytest.raises(ValueError, match=said):
+        from_name("resnet8", classes=4).prepare(x)
 
 
 # ---- the command

@@ -177,8 +177,8 @@ class PatternAttention(Attention):
 
     def rule(self, x: Tensor) -> tuple[int, bool, int]:
         "Stride, causal, summary."
-        height, width = x.shape[2:]
-        # The width as it is: with free sizes the compiler sees that it divides H W, but not that min(...) does.
+        height, width = x.shape[-2:]
+        # The width as it is: of that a compiler with free sizes sees that it divides H W, of min(...) not.
         stride = min(self.stride, height * width) if self.stride else width
         return stride, self.causal, self.summary
 

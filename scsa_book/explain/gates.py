@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..attention import registry
 from ..attention.base import Attention
 from .mechanisms import fact
+from ..networks.placement import evaluating
 
 # %% ../../nbs/see/gate-variance.ipynb #c837d5af
 class Shares(NamedTuple):
@@ -114,19 +115,19 @@ def gates_of(
     network: nn.Module,
     images: Iterable[Tensor],  # batches (B, C, H, W), all of one height and width
 ) -> Gates:
-    "Moments of all gates over images, in evaluation mode; `ValueError` as in `gated_modules`."
-    found, was_training = gated_modules(network), network.training
+    "Moments of all gates in evaluation mode; `ValueError` as in `gated_modules`, or if one is not called."
+    found = gated_modules(network)
     moments = {name: {} for name in found}
     handles = [m.register_forward_pre_hook(_noting(moments[name])) for name, m in found.items()]
-    network.eval()
     try:
-        with torch.no_grad():
+        with evaluating(network), torch.no_grad():
             for batch in images:
                 network(batch)
     finally:
-        network.train(was_training)
         for handle in handles:
             handle.remove()
+    if silent := [name for name, factors in moments.items() if not factors]:
+        raise ValueError(f"{silent[0]} was never called: no images, or its gates are folded already")
     return moments
 
 # %% ../../nbs/see/gate-variance.ipynb #b2024e20
@@ -142,14 +143,15 @@ class ConstantGates(nn.Module):
         self.attention, self.names = attention, tuple(factors)
         for name, factor in factors.items():
             self.register_buffer(name, factor[None])
+        if "attention_gain" in vars(attention):  # from here on this is the placed module
+            self.attention_gain = vars(attention).pop("attention_gain")
 
-    @property
-    def attention_gain(self) -> float:
-        "The fixed factor that the module was placed with."
-        return getattr(self.attention, "attention_gain", 1.0)
+    def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
+        "The constants, the same for every image."
+        return {name: getattr(self, name).expand(len(x), -1, -1, -1) for name in self.names}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention.recombine(x, {name: getattr(self, name) for name in self.names})
+        return self.attention.recombine(x, self.attention_maps(x))
 
 # %% ../../nbs/see/gate-variance.ipynb #05c666eb
 def fold(

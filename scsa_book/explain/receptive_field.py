@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..networks.placement import evaluating
+
 # %% ../../nbs/see/receptive-field.ipynb #498dac83
 def layer_of(network: nn.Module, layer: str) -> nn.Module:
     "A submodule by its name; `ValueError` lists names near it."
@@ -33,8 +35,8 @@ def _central_sum(features: Tensor, layer: str) -> Tensor:
 # %% ../../nbs/see/receptive-field.ipynb #1ba1ec2f
 def _positive_gradient(network: nn.Module, batch: Tensor, scalar: Callable[[], Tensor]) -> Tensor:
     "Sum over images and colours of the positive gradient of `scalar`, read after the forward pass."
-    x = batch.detach().clone().requires_grad_()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        x = batch.detach().clone().requires_grad_()
         network(x)
         (gradient,) = torch.autograd.grad(scalar(), x)
     return gradient.clamp(min=0).sum((0, 1)).double()
@@ -50,20 +52,19 @@ def contributions(
     Source: Ding et al., "Scaling up your kernels to 31x31", CVPR 2022. Raises `ValueError`
     for an unknown layer, one that returns no map, images of different size, and no image.
     """
-    module, kept, was_training = layer_of(network, layer), [], network.training
+    module, kept = layer_of(network, layer), []
     handle = module.register_forward_hook(lambda _, __, output: kept.append(output))
     total, n = 0, 0
-    network.eval()
     try:
-        for batch in images:
-            kept.clear()
-            found = _positive_gradient(network, batch, lambda: _central_sum(kept[-1], layer))
-            if n and total.shape != found.shape:
-                raise ValueError(f"images of {tuple(found.shape)} after {tuple(total.shape)}")
-            total, n = total + found, n + len(batch)
+        with evaluating(network):
+            for batch in images:
+                kept.clear()
+                found = _positive_gradient(network, batch, lambda: _central_sum(kept[-1], layer))
+                if n and total.shape != found.shape:
+                    raise ValueError(f"images of {tuple(found.shape)} after {tuple(total.shape)}")
+                total, n = total + found, n + len(batch)
     finally:
         handle.remove()
-        network.train(was_training)
     if not n:
         raise ValueError("no images were given")
     return (total / n).cpu()

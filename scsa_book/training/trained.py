@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data import images
 from ..networks import authors
 from ..networks.build import build
-from ..networks.placement import attend, load_stock
+from ..networks.placement import attend, check_placing, load_stock
 from ..networks.weights_file import read_weights
 from ..paths import embedded
 from .keep import kept_networks, load_kept
@@ -39,7 +39,14 @@ class Trained:
         return self.run and self.run.config.dataset
 
     def prepare(self, x: Tensor) -> Tensor:  # (B, 3, H, W) or (B, 1, H, W) in [0, 1]
-        "Normalised images of as many channels as the network takes."
+        """Normalised images of as many channels as the network takes.
+
+        Raises `ValueError` for integers, and for another number of axes or channels.
+        """
+        if not x.is_floating_point():
+            raise ValueError(f"images must be floats in [0, 1], got {x.dtype}: x.float() / 255")
+        if x.ndim != 4 or x.shape[1] not in (1, 3):
+            raise ValueError(f"images must be (B, 3, H, W) or (B, 1, H, W), got {tuple(x.shape)}")
         if len(self.mean) == 1 and x.shape[1] == 3:
             x = x.mean(1, keepdim=True)
         shape = (1, -1, 1, 1)
@@ -75,10 +82,12 @@ def from_name(
     **options,  # of the mechanism
 ) -> Trained:
     "A network by its name, with attention in it. `ValueError` for a name or weights that do not fit."
-    torch.manual_seed(seed)
-    network = _timm(name, classes) if name.startswith("timm:") else build(name, classes)
-    if attention:
-        attend(network, attention, position=position, **options)
+    check_placing(attention, position=position, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _timm(name, classes) if name.startswith("timm:") else build(name, classes)
+        if attention:
+            attend(network, attention, position=position, **options)
     if weights:
         load_stock(network, read_weights(weights))
     known = images.IMAGENET
