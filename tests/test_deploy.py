@@ -219,6 +219,16 @@ def test_errors_of_other_shapes_and_infinities():
 
 
 @needs("onnx")
+def test_weights_in_eight_bits_use_seven(tmp_path):
+    "Without VNNI two products are added in sixteen bits: 2 * 255 * 64 is in range, 2 * 255 * 127 is not."
+    onnx = pytest.importorskip("onnx")
+    report = export(matrix.small_network("se"), X, "onnx", tmp_path / "n", int8=[X])
+    stored = [onnx.numpy_helper.to_array(t) for t in onnx.load(report.files[0]).graph.initializer]
+    weights = [t for t in stored if t.dtype == "int8" and t.ndim > 1]
+    assert len(weights) >= 4 and max(abs(t.astype(int)).max() for t in weights) == 64
+
+
+@needs("onnx")
 @pytest.mark.parametrize("options", [{"half": True}, {"int8": [X]}], ids=["half", "int8"])
 def test_smaller_files(options, tmp_path):
     network = matrix.small_network("se")

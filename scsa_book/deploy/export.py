@@ -141,7 +141,8 @@ def quantise(path: Path, inputs: Iterable[Tensor], operators: Sequence[str] = LA
 
     prepared, kinds = path.with_suffix(".prepared.onnx"), list(operators) or None
     quant_pre_process(path, prepared, skip_symbolic_shape=True)  # the exporter has found them
-    how = {"per_channel": True, "op_types_to_quantize": kinds}
+    # Weights of seven bits: see above.
+    how = {"per_channel": True, "reduce_range": True, "op_types_to_quantize": kinds}
     quantize_static(prepared, path, Calibration(inputs), **how)
     prepared.unlink()
 
