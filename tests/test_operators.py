@@ -521,22 +521,20 @@ def test_cat_runs_where_the_compiler_does_not_tell_an_exporter(monkeypatch):
     assert torch.equal(module(x), expected)
 
 
+# The quick tests export without gradients in test_deploy.
 @MECHANISM
-def test_an_exported_program_holds_no_write_and_no_python(name):
+@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_an_exported_program_holds_no_write_and_no_python(name, grad):
     x, other = (torch.randn(batch, WIDTH, 15, 22) for batch in (2, 5))
-    batch, programs = {0: torch.export.Dim("batch", min=1)}, {}
-    for grad in (True, False):
-        module = build(name).requires_grad_(grad)
-        with torch.set_grad_enabled(grad):
-            program = torch.export.export(module, (x,), dynamic_shapes=(batch,))
-        programs[program.graph_module.code] = program  # most are the same with gradients and without
-    for program in programs.values():
-        plain = program.run_decompositions({})
-        for target in graph_targets(plain.graph):
-            if isinstance(target, torch._ops.OpOverload):
-                assert target.namespace == "aten" and not writes(target._schema), target
-        assert not names_in(plain) & set(LACKED) and not constants_divided(plain)
-        assert relative(program.module()(other).detach(), module(other).detach()) < 1e-5
+    batch, module = {0: torch.export.Dim("batch", min=1)}, build(name).requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(module, (x,), dynamic_shapes=(batch,))
+    plain = program.run_decompositions({})
+    for target in graph_targets(plain.graph):
+        if isinstance(target, torch._ops.OpOverload):
+            assert target.namespace == "aten" and not writes(target._schema), target
+    assert not names_in(plain) & set(LACKED) and not constants_divided(plain)
+    assert relative(program.module()(other).detach(), module(other).detach()) < 1e-5
 
 
 # What knows symbolic sizes is the choice of a form, which is tested above for every operator.
