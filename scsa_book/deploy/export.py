@@ -185,7 +185,7 @@ def checked(to: str, example: Tensor, network: nn.Module, wanted: dict[str, bool
         raise ValueError("export: the network returns no tensor; wrap it in a module that does")
     return runtime
 
-
+# %% ../../nbs/deploy/export.ipynb #013467f4
 def target_of(file: str | Path, runtime: Runtime) -> Path:
     "The path of the files without suffix; an error if its folder takes none."
     target = Path(file).expanduser()
