@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'READY', 'word', 'Parameters', 'Again', 'Profile', 'DataRoot', 'bench', 'any_gpu', 'Device', 'Dtype', 'Layout',
-           'Compiled', 'see', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook', 'check_parameters',
-           'title', 'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm', 'keeping_memory',
-           'of_this_interpreter', 'kernel', 'execute', 'execute_in', 'is_locked', 'in_words', 'make_run', 'run',
-           'sweep', 'job', 'beside_the_claim', 'evaluation_page', 'execute_evaluation', 'evaluate', 'keep',
-           'network_of_file', 'export_network', 'names_in_use', 'list_names', 'counting', 'recounting', 'ledger',
-           'modules', 'steps', 'gpu', 'kernels', 'network_to_see', 'cam', 'networks', 'memory_gib', 'devices',
-           'data_found', 'quarto_found', 'findings', 'doctor']
+           'Compiled', 'Budget', 'see', 'RunFailed', 'main', 'fail', 'parse_parameters', 'task_notebook',
+           'check_parameters', 'title', 'decided', 'joined', 'clean_cell', 'as_page', 'passing_on_sigterm',
+           'keeping_memory', 'of_this_interpreter', 'kernel', 'execute', 'execute_in', 'is_locked', 'in_words',
+           'make_run', 'run', 'sweep', 'job', 'beside_the_claim', 'evaluation_page', 'execute_evaluation', 'evaluate',
+           'keep', 'load_fitting', 'network_of_file', 'export_network', 'names_in_use', 'list_names', 'counting',
+           'recounting', 'ledger', 'modules', 'steps', 'gpu', 'kernels', 'network_to_see', 'cam', 'networks',
+           'memory_gib', 'devices', 'data_found', 'quarto_found', 'findings', 'doctor']
 
 # %% ../nbs/reference/command-line.ipynb #7c3d2705
 import contextlib
@@ -475,23 +475,34 @@ def keep(
 
     found = [result for result in all_results() if result.id == run_id]
     if not found:
-        raise ValueError(f"run_id={run_id!r} is no finished run; `scsa-book list results` has their ids")
+        raise ValueError(f"run_id={run_id!r} is no finished run; `scsa-book list` has their ids")
     execution = Execution(data_root=data_root) if data_root else Execution()
     print(f"written: {keep(found[0], path, execution)}")
 
 # %% ../nbs/reference/command-line.ipynb #d66c5ed3
+def load_fitting(made, weights: Path) -> None:
+    "Load all weights of a network; ValueError says what does not fit, and which options decide it."
+    from scsa_book.networks.weights_file import below, explained, misfits, named_as, read_weights
+
+    state, own = read_weights(weights), made.state_dict()
+    given = named_as(own, below("network.", state) or state)
+    if wrong := misfits(own, given):
+        found = "; ".join(explained(own, given)[: len(wrong)])  # the rest are remedies for Python
+        remedy = "--attention and --classes must be those that it was trained with"
+        raise ValueError(f"{weights} does not fit this network: {found}. {remedy}")
+    made.load_state_dict({k: v for k, v in given.items() if k in own}, strict=False)  # counters may lack
+
+
 def network_of_file(network: str, attention: str | None, weights: Path | None, classes: int):
     "A network with attention, and the weights of a file if there is one."
     from scsa_book.networks.build import build
     from scsa_book.networks.placement import attend
-    from scsa_book.networks.weights_file import below, read_weights
 
     made = build(network, classes)
     if attention not in (None, "none"):
         made = attend(made, attention)
     if weights:
-        state = read_weights(weights)
-        made.load_state_dict(below("network.", state) or state)
+        load_fitting(made, weights)
     return made
 
 # %% ../nbs/reference/command-line.ipynb #cd31caa6
@@ -617,6 +628,7 @@ Device = Annotated[str | None, typer.Option(help=any_gpu)]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Layout = Annotated[str, typer.Option(help="channels_first or channels_last.")]
 Compiled = Annotated[bool, typer.Option("--compiled", help="Through torch.compile.")]
+Budget = Annotated[float, typer.Option(min=0, help="Seconds of rounds.")]
 
 # %% ../nbs/reference/command-line.ipynb #2e50fc7a
 @bench.command()
@@ -628,7 +640,7 @@ def modules(
     dtype: Dtype = "float32",
     layout: Layout = "channels_first",
     compiled: Compiled = False,
-    budget: Annotated[float, typer.Option(help="Seconds of rounds for each mechanism.")] = 4.0,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds of rounds for each mechanism.")] = 4.0,
 ) -> None:
     "Every mechanism beside its peer: forward, training step, memory."
     from scsa_book.evidence import speed
@@ -640,7 +652,7 @@ def modules(
 @bench.command()
 def steps(
     name: Annotated[str, typer.Argument(help="Of an experiment of the task classify.")],
-    budget: Annotated[float, typer.Option(help="Seconds of rounds.")] = 180.0,
+    budget: Budget = 180.0,
 ) -> None:
     "A training step of each row of an experiment, alternately on the CPU; the result is stored."
     from scsa_book.evidence.steps import steps_command
@@ -651,9 +663,14 @@ def steps(
 @bench.command()
 def gpu(
     device: Annotated[str, typer.Option(help="cuda; or cpu, small, to see that it works.")] = "cuda",
-    seconds: Annotated[float, typer.Option(help="No further compilation begins after that.")] = 330.0,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="No further compilation begins after that.")
+    ] = 330.0,
     against: Annotated[
-        Path | None, typer.Option(help="Another checkout, whose run is measured in turns with ours.")
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Another checkout, whose run is measured in turns with ours."
+        ),
     ] = None,
 ) -> None:
     "Everything that the book claims about a GPU, in six minutes."
@@ -724,23 +741,27 @@ def cam(
 # %% ../nbs/reference/command-line.ipynb #5c8561c8
 @bench.command()
 def networks(
-    names: Annotated[list[str] | None, typer.Argument(help="Mechanisms; none: scsa.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Mechanisms; none: those whose result is stored.")
+    ] = None,
     network: Annotated[str, typer.Option(help="Of `scsa-book list`.")] = "resnet50",
     device: Device = None,
     dtype: Dtype = "float32",
     layout: Layout = "channels_first",
     compiled: Compiled = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="Compiled, through CUDA graphs.")] = False,
-    batch: Annotated[int, typer.Option(help="Images at a time.")] = 8,
-    size: Annotated[int, typer.Option(help="Side of an image.")] = 224,
-    budget: Annotated[float, typer.Option(help="Seconds of rounds.")] = 60.0,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time; default: 8, and 128 on a GPU.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, help="Side of an image.")] = 224,
+    budget: Budget = 60.0,
 ) -> None:
     "A network with and without attention, alternately: time, memory, distance to the bound."
     from scsa_book.evidence import speed
 
     how = {"device": device, "dtype": dtype, "layout": layout, "compiled": compiled}
     how |= {"network": network, "batch": batch, "size": size, "graphs": graphs}
-    speed.networks_command(names or ["scsa"], budget, **how)
+    speed.networks_command(names or (), budget, **how)
 
 # %% ../nbs/reference/command-line.ipynb #8cc3ce36
 def memory_gib() -> str:

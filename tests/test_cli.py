@@ -4,19 +4,24 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
+import click
 import nbformat
 import psutil
 import pytest
+import torch
+import typer
 from conftest import ROOT
 from filelock import FileLock
 from jupyter_core.utils import run_sync
 from safetensors.torch import save_file
 
 from scsa_book import cli
+from scsa_book.evidence import gpu
 from scsa_book.paths import KEEP_MEMORY
 from scsa_book.training.config import Execution, RunConfig, configure
 from scsa_book.training.result import load_result
@@ -356,6 +361,48 @@ def test_numbers_may_be_written_in_any_way(word):
 def test_a_network_without_attention_is_exported_by_either_name():
     plain, none = (cli.network_of_file("resnet20", name, None, 10).state_dict() for name in (None, "none"))
     assert plain.keys() == none.keys() < cli.network_of_file("resnet20", "se", None, 10).state_dict().keys()
+
+
+def test_weights_that_do_not_fit_are_described(tmp_path, capsys):
+    own = cli.network_of_file("resnet20", "se", None, 10)
+    save_file({f"network.{k}": v for k, v in own.state_dict().items()}, tmp_path / "own.safetensors")
+    how = ["export", "resnet20", "--weights", str(tmp_path / "own.safetensors")]
+    code, _, err = said(capsys, *how, "--classes", "10")
+    assert code == 2 and "own.safetensors does not fit this network: unexpected: " in err
+    assert "--attention and --classes must be" in err and err.count("\n") == 1
+    code, _, err = said(capsys, *how, "--attention", "se", "--classes", "7")
+    assert code == 2 and re.search(r"network: other shape: \S+ is \(10, 64\) instead of \(7, 64\)", err)
+    state = own.state_dict()
+    save_file({k: v for k, v in state.items() if "num_batches" not in k}, tmp_path / "old.safetensors")
+    old = cli.network_of_file("resnet20", "se", tmp_path / "old.safetensors", 10).state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in old.items())
+
+
+def commands_in(text):
+    "The commands of `scsa-book` that a text names, in code or as lines of a shell, without placeholders."
+    found = re.findall(r"`scsa-book ([^`<{]+)`|^(?:uv run )?scsa-book ([^#\n|]+)", text, re.M)
+    return {(one or other).strip() for one, other in found}
+
+
+def test_every_command_that_is_named_exists():
+    "Also its options, and no word too many: `scsa-book list results` was none."
+    texts = [(ROOT / "README.md").read_text("utf-8")]
+    for path in (p for p in (ROOT / "nbs").rglob("*.ipynb") if "_txt" not in p.parts):
+        texts += [cell["source"] for cell in json.loads(path.read_text("utf-8"))["cells"]]
+    for words in sorted(set().union(*(commands_in("".join(text)) for text in texts))):
+        command, rest = typer.main.get_command(cli.app), shlex.split(words)
+        while rest and hasattr(command, "commands"):
+            command, rest = command.commands[rest[0]], rest[1:]
+        if not hasattr(command, "commands"):
+            context = click.Context(command)
+            assert not command.make_parser(context).parse_args(rest)[1], words
+
+
+def test_a_checkout_that_is_not_there_is_refused_at_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "keep_memory", lambda: pytest.fail("it starts anew first"))
+    for folder, why in ((tmp_path / "none", "does not exist"), (tmp_path, "no checkout of the book")):
+        code, _, err = said(capsys, "bench", "gpu", "--device", "cpu", "--against", str(folder))
+        assert code == 2 and why in err
 
 
 def test_export_of_a_weights_file_in_eight_bits(tmp_path, capsys):

@@ -12,6 +12,7 @@ from conftest import ROOT
 from torch import nn
 
 from scsa_book.attention import registry
+from scsa_book.deploy import export as exporting
 from scsa_book.deploy import matrix, runtimes
 from scsa_book.deploy.export import ExportError, Report, error, export
 
@@ -199,6 +200,22 @@ def test_what_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="openvino is not installed: pip install openvino"):
         export(network, X, "openvino", tmp_path / "n")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_the_files_is_checked_before_anything_is_converted(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(exporting, "write", lambda *given: written.append(given) or given[2].touch())
+    monkeypatch.setattr(exporting, "compared", lambda *given: {})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    network = nn.Conv2d(3, 4, 1)
+    for file in (".", "..", "", ".onnx"):
+        with pytest.raises(ValueError, match="is no name of a file"):
+            export(network, X, "onnx", file)
+    (tmp_path / "taken").touch()
+    with pytest.raises(OSError, match="cannot write .*taken"):
+        export(network, X, "onnx", tmp_path / "taken" / "net")
+    assert not written
+    assert export(network, X, "onnx", "~/new/net").files == [tmp_path / "new" / "net.onnx"]
 
 
 def test_the_matrix_is_filled_for_runtimes_alone(tmp_path):

@@ -161,6 +161,27 @@ def test_shared_parameters_are_counted_once():
     assert cost(nn.Sequential(nn.Flatten(), first, first), (4, 1, 1)) == Cost(16, 16, 32)
 
 
+NORMS = nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_normalised_weight_is_counted(norm):
+    network = nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.Flatten(), norm(nn.Linear(16, 5)))
+    found = cost(network, (3, 4, 4))
+    assert found.macs == 27 * 4 * 4 + 16 * 5
+    assert found.parameters == found.trainable == sum(p.numel() for p in network.parameters())
+    assert all(p.requires_grad for p in network.parameters())
+
+
+def test_a_parameter_may_be_an_argument():
+    "As the class token of CaiT."
+    network = nn.Module()
+    network.token, network.layer = nn.Parameter(torch.zeros(1, 3)), nn.Linear(3, 4)
+    found = cost(network, (3, 2, 2), forward=lambda network, x: network.layer(network.token))
+    assert found == Cost(19, 19, 12)
+
+
 def test_a_convention_counts_on_top_of_matrix_work():
     network = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
     count = {torch.ops.aten.native_batch_norm: lambda x, *_, **__: 2 * torch.Size(x).numel()}

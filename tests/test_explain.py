@@ -213,6 +213,19 @@ def test_more_steps_than_pixels_are_refused():
         curves(lambda x: x.sum((1, 2, 3)), torch.rand(1, 2, 2), torch.rand(2, 2), steps=5)
 
 
+def test_impossible_numbers_are_refused():
+    with pytest.raises(ValueError, match="curves: batch=0 must be a positive integer"):
+        curves(lambda x: x.sum((1, 2, 3)), torch.rand(1, 2, 2), torch.rand(2, 2), steps=2, batch=0)
+    for name in ("seeds", "side", "channels"):
+        with pytest.raises(ValueError, match=f"initial_gain: {name}=0 must be a positive integer"):
+            initial_gain("se", **{name: 0})
+
+
+def test_an_unknown_category_is_refused():
+    with pytest.raises(ValueError, match="unknown category 'dogg'. Did you mean 'dog'"):
+        next(photographs("dogg"))
+
+
 def test_randomised_leaves_the_random_state_alone():
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     torch.manual_seed(3)

@@ -12,10 +12,11 @@ import torch
 from conftest import ROOT, cells_of
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from test_cli import said
 from traitlets.config import Config
 
 from scsa_book.attention import registry
-from scsa_book.evidence import speed
+from scsa_book.evidence import gpu, speed
 
 CHANNELS = 128  # a multiple of what all defaults require
 EQUATIONS = [("the equations", name) for name in registry.names()]
@@ -136,8 +137,9 @@ def test_a_result_is_whole(result):
 def test_wrong_names_and_settings_are_refused():
     with pytest.raises(ValueError, match="Did you mean 'scsa'"):
         speed.bench_modules(["scas"], device="cpu")
-    with pytest.raises(ValueError, match="float32"):
-        speed.bench_modules(["se"], device="cpu", dtype="float31")
+    for name, last in (("dtype", "'bfloat16'"), ("device", "'cuda'")):
+        with pytest.raises(ValueError, match=f"^{name}='foo': .* or {last}$"):  # without pydantic's address
+            speed.bench_modules(["se"], **{"device": "cpu", name: "foo"})
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device='cpu'"):
             speed.bench_modules(["se"], device="cuda")
@@ -178,7 +180,10 @@ def test_the_command_leaves_a_file(monkeypatch, tmp_path, capsys):
     speed.command(["se"], device="cpu", budget=0)
     assert not list(tmp_path.iterdir()), "a part would replace the whole"
     monkeypatch.setattr(speed.registry, "names", lambda: ["se"])
-    capsys.readouterr()
+    speed.command(device="cpu", budget=0)
+    assert not list(tmp_path.iterdir()), "a few rounds would replace many"
+    assert "not stored: that is a measurement of all mechanisms, --budget 4" in capsys.readouterr().out
+    monkeypatch.setattr(speed, "BUDGET", 0)
     speed.command(device="cpu", budget=0)
     (path,) = tmp_path.glob("speed/*.json")
     assert path.name == "modules-cpu-float32-channels_first.json"
@@ -226,16 +231,64 @@ def test_a_peer_stands_where_ours_stood():
     assert torch.allclose(network.eval()(x), other.eval()(x), atol=1e-5)
 
 
-def test_the_networks_command_leaves_a_file(monkeypatch, tmp_path, capsys, networks):
+@pytest.fixture
+def asked(monkeypatch, tmp_path, networks):
+    "What `networks_command` asks to be measured; the results are in `tmp_path`."
+    found = []
     monkeypatch.setattr(speed, "keep_memory", lambda: None)
     monkeypatch.setattr(speed, "results_folder", lambda preset: tmp_path / preset)
-    monkeypatch.setattr(speed, "bench_networks", lambda names, setting, budget: networks)
-    how = {"device": "cpu", "dtype": "float32", "layout": "channels_last", "compiled": False}
-    speed.networks_command(["se"], network="resnet8", batch=2, size=16, **how)
+    monkeypatch.setattr(speed, "bench_networks", lambda *given, budget: found.append(given) or networks)
+    return found
+
+
+def test_the_networks_command_leaves_a_file(asked, tmp_path, capsys, networks):
+    speed.networks_command(device="cpu", layout="channels_last")
     (path,) = tmp_path.glob("speed/*.json")
-    assert path.name == "networks-resnet8-cpu-float32-channels_last.json"
+    assert path.name == "networks-resnet50-cpu-float32-channels_last.json"
     assert speed.network_results() == [networks]
     assert "noise: " in capsys.readouterr().out
+    speed.networks_command(["scsa"], device="cpu", batch=8)
+    assert len(speed.network_results()) == 2
+    assert [(names, setting.batch) for names, setting in asked] == [(("scsa",), 8), (["scsa"], 8)]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"names": ["se"]}, {"names": ["scsa", "se"]}, {"network": "resnet8"}),
+        *({"batch": 1}, {"size": 64}, {"budget": 1}),
+    ],
+    ids=str,
+)
+def test_another_measurement_of_networks_replaces_none(how, asked, tmp_path, capsys):
+    speed.networks_command(**how, device="cpu")
+    assert len(asked) == 1 and not list(tmp_path.iterdir())
+    said = "not stored: that is resnet50 with scsa, --batch 8 --size 224, --budget 60 or more"
+    assert said in capsys.readouterr().out
+
+
+def test_a_folder_that_takes_no_result_is_found_before_measuring(asked, tmp_path):
+    (tmp_path / "speed").touch()
+    with pytest.raises(OSError, match="cannot write .*speed"):
+        speed.networks_command(device="cpu")
+    assert not asked
+
+
+def test_impossible_sizes_are_refused(capsys):
+    for option in ("batch", "size"):
+        with pytest.raises(ValueError, match=f"^{option}=0: .*greater than or equal to 1$"):
+            speed.network_setting("cpu", **{option: 0})
+        code, _, err = said(capsys, "bench", "networks", f"--{option}", "0")
+        assert code == 2 and f"'--{option}': " in err
+    for what in (["modules"], ["networks"], ["steps", "cifar100"]):
+        code, _, err = said(capsys, "bench", *what, "--budget", "-1")
+        assert code == 2 and "'--budget': " in err
+
+
+def test_a_network_on_a_gpu_is_measured_as_bench_gpu_does(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert speed.network_setting().batch == gpu.SCALES["full"].batch
+    assert speed.STANDARD["cuda"].names == gpu.IN_NETWORKS
 
 
 def test_a_network_that_cannot_take_the_images_is_named():

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'LAYERS', 'ExportError', 'Report', 'takes', 'smallest', 'inputs_for', 'error', 'compared', 'refusal',
-           'Calibration', 'quantise', 'photographs', 'write', 'checked', 'reason_not_run', 'quietly', 'moved', 'export']
+           'Calibration', 'quantise', 'photographs', 'write', 'checked', 'target_of', 'reason_not_run', 'quietly',
+           'moved', 'export']
 
 # %% ../../nbs/deploy/export.ipynb #eb093d2e
 import copy
@@ -26,6 +27,7 @@ from ..attention.registry import unknown
 from ..data.images import IMAGENET, below, crops, read_image
 from . import runtimes
 from .runtimes import RUNTIMES, Order, Runtime
+from ..training.result import require_space
 
 # %% ../../nbs/deploy/export.ipynb #394a0345
 class ExportError(RuntimeError):
@@ -184,6 +186,16 @@ def checked(to: str, example: Tensor, network: nn.Module, wanted: dict[str, bool
         raise ValueError("export: the network returns no tensor; wrap it in a module that does")
     return runtime
 
+# %% ../../nbs/deploy/export.ipynb #013467f4
+def target_of(file: str | Path, runtime: Runtime) -> Path:
+    "The path of the files without suffix; an error if its folder takes none."
+    target = Path(file).expanduser()
+    name = re.sub(f"({'|'.join(map(re.escape, runtime.suffixes))})$", "", target.name)
+    if name in ("", ".."):
+        raise ValueError(f"file={str(file)!r} is no name of a file: add one, such as 'network'")
+    require_space(target.parent, 2**20)
+    return target.with_name(name)
+
 
 def reason_not_run(runtime: Runtime) -> str:
     "Why a file cannot be run here; empty if it can."
@@ -229,8 +241,7 @@ def export(
     example = example.detach().cpu().float()
     wanted = {"dynamic": dynamic, "half": half, "int8": int8 is not None}
     runtime = checked(to, example, network, wanted)
-    order, target = Order(network, example, dynamic, half), Path(file)
-    target = target.with_name(re.sub(f"({'|'.join(map(re.escape, runtime.suffixes))})$", "", target.name))
+    order, target = Order(network, example, dynamic, half), target_of(file, runtime)
     bound = BOUNDS["int8" if int8 is not None else "half" if half else "single"]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         path = Path(folder) / (target.name + runtime.suffixes[0])

@@ -21,7 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 # %% ../../nbs/evidence/cost.ipynb #69623203
 def meta_copy(module: nn.Module) -> nn.Module:
     "A copy in evaluation mode on the meta device; `module` is not changed."
-    memo = {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
+    attributes = (v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor))
+    computed = (v for v in attributes if not v.is_leaf)  # by a pre-hook, as the older weight_norm does
+    memo = {id(b): torch.empty_like(b, device="meta") for b in (*module.buffers(), *computed)}
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
     # deepcopy takes what is in its memo instead of copying it
@@ -147,7 +149,7 @@ def cost(
 ) -> Cost:
     "Parameters and multiply-accumulates; `ValueError` with a remedy if they cannot be counted."
     _check(input_size, convention)
-    shadow, x = meta_copy(module), _image(module, input_size)
+    shadow, x = meta_copy(module).requires_grad_(False), _image(module, input_size)
     try:
         macs = _macs(lambda: forward(shadow, x) if forward else shadow(x), convention)
     except RuntimeError as error:

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from ..attention import registry
 from . import speed
 from scsa_book.evidence.speed import (
-    Code, Machine, ModulesResult, NetworkSetting, Run, Setting, Spread, bench_module, bench_modules,
-    bench_networks, example, keep_memory, like_input, measured_on, modules_result, network_forms,
-    network_path, peers_of_the_book, ratios, spread, take_turns,
+    STANDARD, Code, Machine, ModulesResult, NetworkSetting, Run, Setting, Spread, bench_module,
+    bench_modules, bench_networks, example, keep_memory, like_input, measured_on, modules_result,
+    network_forms, network_path, peers_of_the_book, ratios, setting_of, spread, take_turns,
 )  # fmt: skip
 from ..paths import cache_folder, results_folder
 from ..training.result import code_state, write_atomic
@@ -56,10 +56,10 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale("resnet50", 128, 224, None, None, 50_000, 3, 30.0),
+    "full": Scale("resnet50", STANDARD["cuda"].batch, 224, None, None, 50_000, 3, 30.0),
     "small": Scale("resnet18", 2, 224, (2, 128, 7, 7), ("se", "scsa"), 256, 1, 1.0),
 }
-IN_NETWORKS = ("se", "cat", "scsa")
+IN_NETWORKS = STANDARD["cuda"].names
 SLOWEST_FIRST = ("fca", "strided_sparse", "sa", "sge", "pcsa", "ela", "scsa", "ca", "ema", "cat")
 
 # %% ../../nbs/evidence/gpu.ipynb #c100e8b1
@@ -381,6 +381,7 @@ def bench_gpu(
     "Measure all parts, and store each when it is there."
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': PyTorch sees no GPU here; device='cpu' tries the command, small")
+    setting_of(device)
     against = against and is_checkout(against)
     start, written = time.perf_counter(), []
     scale = SCALES["full" if device == "cuda" else "small"]
@@ -397,6 +398,7 @@ def bench_gpu(
 # %% ../../nbs/evidence/gpu.ipynb #57afdc4b
 def gpu_command(device: str, seconds: float, against: Path | None = None) -> None:
     "Measure in a process that keeps freed memory."
+    against = against and is_checkout(against)  # before this process starts anew
     if device == "cpu":
         keep_memory()
     bench_gpu(device, seconds, against=against)

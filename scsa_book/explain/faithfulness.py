@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..attention.base import check_positive
 from .localisation import at_size
 
 # %% ../../nbs/see/faithfulness.ipynb #bf000562
@@ -71,12 +72,13 @@ def curves(
 ) -> Curves:
     """Insertion and deletion curves of a map. Source: Petsiuk et al., RISE, 2018, section 4.2.
 
-    Raises `ValueError` for an image that is not (C, H, W), and for more steps than pixels.
+    Raises `ValueError` for an image that is not (C, H, W), more steps than pixels, and an empty batch.
     """
     if image.ndim != 3:
         raise ValueError(f"an image must be (channels, height, width), got {tuple(image.shape)}")
     if not 1 <= steps <= image[0].numel():
         raise ValueError(f"steps={steps} must be from 1 to the number of pixels, {image[0].numel()}")
+    check_positive("curves", batch=batch)
     order = ranking(values, image.shape[-2:])
     empty = torch.zeros_like(image) if empty is None else empty
     blank = blurred(image) if blank is None else blank

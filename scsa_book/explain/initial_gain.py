@@ -9,6 +9,7 @@ __all__ = ['initial_gain']
 import torch
 
 from ..attention import registry
+from ..attention.base import check_positive
 
 # %% ../../nbs/see/initial-gain.ipynb #ee14cd2f
 def initial_gain(
@@ -20,6 +21,7 @@ def initial_gain(
     **options,  # of the mechanism
 ) -> float:
     "Least-squares factor between input and output of an untrained mechanism, in training mode."
+    check_positive("initial_gain", channels=channels, side=side, seeds=seeds)
     found = []
     for seed in range(seeds):
         with torch.random.fork_rng(devices=[]), torch.no_grad():

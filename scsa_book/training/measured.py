@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from ..attention.registry import unknown
 from ..data.annotations import load_json, masks_of
 from ..data.detection import coco_split
 from ..data.images import BatchIndices, read_image
@@ -61,6 +62,8 @@ def photographs(
     "The embedded photographs of COCO whose mask is neither nearly empty nor nearly full."
     for split in ("train", "val"):
         annotations, credits = coco_split(embedded("coco-mini"), split), _credits(split)
+        if category not in (None, *annotations.classes):
+            raise unknown("category", category, annotations.classes)
         for annotated in annotations.images:
             names = [annotations.classes[label - 1] for label in annotated.labels]
             rows = [i for i, name in enumerate(names) if category in (None, name)]
