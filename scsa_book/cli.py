@@ -729,13 +729,13 @@ def cam(
     output: Annotated[Path | None, typer.Option(help="Default: beside the image.")] = None,
 ) -> None:
     "Grad-CAM before and after attention, and its map, for one photograph: one PNG."
-    from scsa_book.explain.maps import draw_over, last_layer, panels, photograph, save_png
+    from scsa_book.explain.maps import draw_over, last_layer, panels, photograph, png_path, save_png
 
+    path = png_path(output or image.expanduser().with_name(f"{image.stem}-cam.png"))
     x = photograph(image, size)
     looked = network_to_see(network, attention, position, weights, classes)
     layer = layer or last_layer(looked, x)
     title = f"{looked.name}{'' if weights else ' (random weights)'}, {layer}"
-    path = output or image.expanduser().with_name(f"{image.stem}-cam.png")
     print(save_png(draw_over(x, panels(looked, x, layer, label), title), path))
 
 # %% ../nbs/reference/command-line.ipynb #5c8561c8

@@ -32,7 +32,7 @@ from scsa_book.networks.build import build
 from scsa_book.networks.placement import attend, attend_modules, attentions, detach, maps_of
 from scsa_book.paths import DataError, embedded
 from scsa_book.training.measured import hits, in_words, measured, photographs, run_images
-from scsa_book.training.trained import from_file, from_name
+from scsa_book.training.trained import from_file, from_name, trained_networks
 
 
 def test_auroc_is_that_of_scikit_learn():
@@ -467,6 +467,8 @@ def test_a_network_that_is_not_there_is_named(tmp_path):
         from_file(tmp_path / "no.pth")
     with pytest.raises(ValueError, match="no position 'nowhere'"):
         from_name("resnet8", "se", position="nowhere", classes=10)
+    with pytest.raises(ValueError, match="kept networks 'cifar10'. Did you mean 'cifar100'"):
+        trained_networks("cifar10")
     with pytest.raises(ValueError, match="position='after_conv2', heads=0 without attention"):
         from_name("resnet8", position="after_conv2", heads=0)
 
@@ -513,6 +515,7 @@ def test_see_cam_writes_one_file(tmp_path, capsys):
         (["--weights", "no.pth"], "there is no such file"),
         (["--weights", "no.pth", "--attention", "se"], "--weights alone"),
         (["--network", "resnet9"], "unknown network"),
+        (["--network", "resnet8", "--output", "nowhere/a.png"], "there is no folder nowhere"),
     ],
 )
 def test_see_cam_says_what_is_missing(arguments, said, tmp_path, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..attention.registry import unknown
 from ..data import images
 from ..networks import authors
 from ..networks.build import build
@@ -108,9 +109,14 @@ def trained_networks(
     dataset: str,
     *more: Path | str,  # folders of `kept_networks`
 ) -> dict[str, Trained]:
-    "Kept networks of a dataset, plain ones first: `scsa 0` by seed, or by file where several are."
+    """Kept networks of a dataset, plain ones first: `scsa 0` by seed, or by file where several are.
+
+    Raises `ValueError` for a dataset of which none is kept.
+    """
     runs = {path: load_result(path.with_suffix(".json")) for path in kept_networks(*more)}
     found = [from_file(path) for path, run in runs.items() if run.config.dataset == dataset]
+    if not found:
+        raise unknown("dataset of kept networks", dataset, {run.config.dataset for run in runs.values()})
     found.sort(key=lambda looked: (looked.attention or "", looked.run.config.seed))
     labels = [f"{looked.attention or 'plain'} {looked.run.config.seed}" for looked in found]
     names = [label if labels.count(label) == 1 else x.name for label, x in zip(labels, found, strict=True)]
