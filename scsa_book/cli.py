@@ -706,6 +706,7 @@ def network_to_see(
     "The network of `see cam`: from a file, or from a name. `ValueError` if neither is given."
     from scsa_book.training.trained import from_file, from_name
 
+    attention = None if attention == "none" else attention  # as `run` and `export` take it
     if network:
         return from_name(network, attention, position, weights, classes)
     if not weights:

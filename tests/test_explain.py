@@ -498,10 +498,11 @@ def test_images_that_a_network_does_not_take_are_named(x, said):
 
 
 @needs_grad_cam
-def test_see_cam_writes_one_file(tmp_path, capsys):
+@pytest.mark.parametrize("attention", ["cbam", "none"])
+def test_see_cam_writes_one_file(attention, tmp_path, capsys):
     image = saved(tmp_path, "RGBA", (40, 30))
     with pytest.raises(SystemExit) as end:
-        cli.main(["see", "cam", "--image", str(image), *"--network resnet8 --attention cbam".split()])
+        cli.main(["see", "cam", "--image", str(image), *f"--network resnet8 --attention {attention}".split()])
     assert end.value.code == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "RGBA-cam.png")
     assert Image.open(tmp_path / "RGBA-cam.png").format == "PNG"
