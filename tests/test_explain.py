@@ -141,6 +141,16 @@ def test_folded_attention_keeps_its_gain_and_shows_its_constants():
     assert not attentions(detach(network))
 
 
+def test_a_record_of_folded_attention_takes_every_batch():
+    network, (x, *more) = a_network("cbam"), (torch.randn(n, 3, 16, 16) for n in (2, 1, 5))
+    fold(network, gates_of(network, [x]))
+    batch = {0: torch.export.Dim("batch", min=1)}
+    exported = torch.export.export(network, (x,), dynamic_shapes=(batch,)).module()
+    for record in (exported, torch.jit.trace(network, x)):
+        for other in more:
+            torch.testing.assert_close(record(other), network(other), rtol=1e-4, atol=1e-5)
+
+
 def test_gates_of_restores_the_mode_and_removes_its_hooks():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), registry.create("se", 8, reduction=2)).train()
     gates_of(network, [torch.randn(2, 3, 9, 9)])

@@ -1,6 +1,7 @@
 """The peers of the speed benchmark compute the same as ours, and the benchmark measures correctly."""
 
 import copy
+import inspect
 import statistics
 import sys
 import time
@@ -15,6 +16,7 @@ from IPython.utils.capture import capture_output
 from test_cli import said
 from traitlets.config import Config
 
+from scsa_book import cli
 from scsa_book.attention import registry
 from scsa_book.evidence import gpu, speed
 
@@ -283,6 +285,11 @@ def test_impossible_sizes_are_refused(capsys):
     for what in (["modules"], ["networks"], ["steps", "cifar100"]):
         code, _, err = said(capsys, "bench", *what, "--budget", "-1")
         assert code == 2 and "'--budget': " in err
+
+
+def test_the_commands_have_the_budgets_that_are_stored():
+    defaults = [inspect.signature(f).parameters["budget"].default for f in (cli.modules, cli.networks)]
+    assert defaults == [speed.BUDGET, speed.NETWORKS_BUDGET]
 
 
 def test_a_network_on_a_gpu_is_measured_as_bench_gpu_does(monkeypatch):

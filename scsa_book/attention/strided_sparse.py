@@ -178,7 +178,7 @@ class PatternAttention(Attention):
     def rule(self, x: Tensor) -> tuple[int, bool, int]:
         "Stride, causal, summary."
         height, width = x.shape[-2:]
-        # The width as it is: of that a compiler with free sizes sees that it divides H W, of min(...) not.
+        # No min() with the width: with free sizes a compiler would no longer see that it divides H W.
         stride = min(self.stride, height * width) if self.stride else width
         return stride, self.causal, self.summary
 

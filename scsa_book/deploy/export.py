@@ -143,7 +143,7 @@ def quantise(path: Path, inputs: Iterable[Tensor], operators: Sequence[str] = LA
 
     prepared, kinds = path.with_suffix(".prepared.onnx"), list(operators) or None
     quant_pre_process(path, prepared, skip_symbolic_shape=True)  # the exporter has found them
-    # Weights of seven bits: see above.
+    # Weights of seven bits: without VNNI, sums of two products of eight bits do not fit into sixteen.
     how = {"per_channel": True, "reduce_range": True, "op_types_to_quantize": kinds}
     quantize_static(prepared, path, Calibration(inputs), **how)
     prepared.unlink()

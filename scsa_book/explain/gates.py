@@ -151,7 +151,8 @@ class ConstantGates(nn.Module):
         return {name: getattr(self, name).expand(len(x), -1, -1, -1) for name in self.names}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention.recombine(x, self.attention_maps(x))
+        # As they are, with a batch axis of one: a record of this holds for every batch.
+        return self.attention.recombine(x, {name: getattr(self, name) for name in self.names})
 
 # %% ../../nbs/see/gate-variance.ipynb #05c666eb
 def fold(

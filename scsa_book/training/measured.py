@@ -59,7 +59,7 @@ def photographs(
     category: str | None = None,  # of COCO; None: the objects of all
     side: int = SIDE,
 ) -> Iterator[Photo]:
-    "The embedded photographs of COCO whose mask is neither nearly empty nor nearly full."
+    "Photographs of COCO whose mask is neither nearly empty nor full; `ValueError`: no such category."
     for split in ("train", "val"):
         annotations, credits = coco_split(embedded("coco-mini"), split), _credits(split)
         if category not in (None, *annotations.classes):
