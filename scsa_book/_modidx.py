@@ -2551,6 +2551,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'scsa_book.networks.fpn._top': ('networks/fpn.html#_top', 'scsa_book/networks/fpn.py'),
                                         'scsa_book.networks.fpn.freeze': ('networks/fpn.html#freeze', 'scsa_book/networks/fpn.py'),
                                         'scsa_book.networks.fpn.stages_of': ('networks/fpn.html#stages_of', 'scsa_book/networks/fpn.py')},
+            'scsa_book.networks.onnx_program': { 'scsa_book.networks.onnx_program.onnx_program': ( 'deploy/onnx-program.html#onnx_program',
+                                                                                                   'scsa_book/networks/onnx_program.py')},
             'scsa_book.networks.placement': { 'scsa_book.networks.placement.LoadReport': ( 'networks/placement.html#loadreport',
                                                                                            'scsa_book/networks/placement.py'),
                                               'scsa_book.networks.placement.LoadReport.__str__': ( 'networks/placement.html#loadreport.__str__',

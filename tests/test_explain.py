@@ -11,6 +11,7 @@ from torch import nn
 
 from scsa_book import cli
 from scsa_book.attention import registry
+from scsa_book.explain.browser import maps_model
 from scsa_book.explain.cam import check_layer, class_map
 from scsa_book.explain.descriptors import descriptor_maps
 from scsa_book.explain.faithfulness import blurred, curves, randomised, rank_correlation, ranking
@@ -646,3 +647,10 @@ def test_the_page_of_a_run_shows_the_maps_of_every_mechanism(name):
             expected = values.flatten() if bars else values.reshape(-1, *values.shape[-2:]).mean(0)
             assert axis.get_ylabel() == factor and torch.equal(drawn, expected)
     plt.close("all")
+
+
+def test_a_model_for_the_browser_holds_no_line_of_source():
+    "What is published names neither files nor code of the machine that built it."
+    pytest.importorskip("onnxscript")
+    model = maps_model(from_name("resnet8", "cbam", position="before_last_conv", classes=10), side=32)
+    assert b"stage3" in model and b'.py", line' not in model

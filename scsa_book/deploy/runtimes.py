@@ -24,6 +24,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ..networks.onnx_program import onnx_program
+
 # %% ../../nbs/deploy/runtimes.ipynb #af63111e
 @dataclass(frozen=True)
 class Order:
@@ -68,15 +70,14 @@ def versions(modules: dict[str, str]) -> dict[str, str]:
     "The installed versions of their packages."
     return {p: version(p) for m, p in modules.items() if not absent({m: p})}
 
-# %% ../../nbs/deploy/runtimes.ipynb #34dcba80
+# %% ../../nbs/deploy/runtimes.ipynb #43875c12
 def write_onnx(order: Order, path: Path) -> None:
     import onnx
 
     from scsa_book.deploy.blocked import keep_blocked
 
     names = {"input_names": ["x"], "output_names": ["y"]}
-    how = {"dynamo": True, "verbose": False, "dynamic_shapes": order.free()}
-    program = torch.onnx.export(order.network, (order.example,), **names, **how)
+    program = onnx_program(order.network, order.example, **names, dynamic_shapes=order.free())
     if not (order.dynamic or order.half):
         keep_blocked(program.model)
     model = program.model_proto

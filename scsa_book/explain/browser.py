@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .maps import spatial_map
+from ..networks.onnx_program import onnx_program
 from ..networks.placement import attentions
 
 # %% ../../nbs/see/browser.ipynb #06414174
@@ -49,5 +50,4 @@ def maps_model(
     with torch.no_grad():
         module(x)
     names = {"input_names": ["image"], "output_names": ["stage1", "stage2", "stage3"]}
-    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False, **names)
-    return program.model_proto.SerializeToString()
+    return onnx_program(module, x, **names).model_proto.SerializeToString()
