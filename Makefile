@@ -65,7 +65,9 @@ test-all: $(ALL)
 check-tests:
 	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder $(if $(SLOW),-m "slow or not slow")
 
-# As many processes as half of the cores: the tests have one a core.
+# As many processes as half of the cores: the tests have one a core. Each chapter has a thread of its own, and without the
+# limit also memory of its own, which nobody gets back: six gigabytes in the end.
+check-chapters: export MALLOC_ARENA_MAX = 1
 check-chapters:
 	$(SITE)/chapters.py --n-workers $(shell expr \( $(CORES) + 1 \) / 2) --skip-file-glob 'gpu*.ipynb' \
 		$(if $(SLOW),--flags slow)
