@@ -407,9 +407,9 @@ def test_a_checkout_that_is_not_there_is_refused_at_once(monkeypatch, tmp_path, 
 
 def test_export_of_a_weights_file_in_eight_bits(tmp_path, capsys):
     "The weights of the file, and calibration on photographs; a folder without any is named."
-    network = cli.network_of_file("resnet20", "se", None, 10)
+    network = cli.network_of_file("resnet8", "se", None, 10)
     save_file(network.state_dict(), tmp_path / "own.safetensors")
-    how = ["export", "resnet20", "--attention", "se", "--classes", "10", "--size", "32"]
+    how = ["export", "resnet8", "--attention", "se", "--classes", "10", "--size", "32"]
     how += ["--weights", str(tmp_path / "own.safetensors"), "--file", str(tmp_path / "small")]
     code, out, _ = said(capsys, *how, "--int8", str(ROOT / "data" / "coco-mini" / "val2017"))
     assert code == 0 and "largest error" in out

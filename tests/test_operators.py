@@ -521,14 +521,16 @@ def test_cat_runs_where_the_compiler_does_not_tell_an_exporter(monkeypatch):
     assert torch.equal(module(x), expected)
 
 
-# The quick tests export without gradients in test_deploy.
+# The quick tests export with free sizes, and without gradients, in test_deploy.
 @MECHANISM
-@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_an_exported_program_holds_no_write_and_no_python(name, grad):
-    x, other = (torch.randn(batch, WIDTH, 15, 22) for batch in (2, 5))
+@pytest.mark.parametrize(
+    ("grad", "free"), [(True, False), *(pytest.param(g, True, marks=pytest.mark.slow) for g in (True, False))]
+)
+def test_an_exported_program_holds_no_write_and_no_python(name, grad, free):
+    x, other = (torch.randn(batch, WIDTH, 15, 22) for batch in (2, 5 if free else 2))
     batch, module = {0: torch.export.Dim("batch", min=1)}, build(name).requires_grad_(grad)
     with torch.set_grad_enabled(grad):
-        program = torch.export.export(module, (x,), dynamic_shapes=(batch,))
+        program = torch.export.export(module, (x,), dynamic_shapes=(batch,) if free else None)
     plain = program.run_decompositions({})
     for target in graph_targets(plain.graph):
         if isinstance(target, torch._ops.OpOverload):

@@ -515,7 +515,7 @@ def test_state_copies_and_pickles(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_and_exported_whole(name):
-    network = shake(small(name, backbone="resnet8", attention="scsa", auxiliary=True)).eval()
+    network = shake(small(name, backbone="resnet8", attention="se", auxiliary=True)).eval()
     x, _ = batch()
     torch._dynamo.reset()
     compiled = torch.compile(network, fullgraph=True, backend="eager")
