@@ -1,4 +1,4 @@
-"""nbdev-test with its options; its workers begin with what most chapters import, and keep nothing of a chapter."""
+"""nbdev-test, whose workers begin with what most chapters import, and keep nothing of a chapter."""
 
 from scsa_book.paths import importing
 
