@@ -218,6 +218,9 @@ def test_the_folder_of_the_files_is_checked_before_anything_is_converted(tmp_pat
     for file in (".", "..", "", ".onnx"):
         with pytest.raises(ValueError, match="is no name of a file"):
             export(network, X, "onnx", file)
+    (tmp_path / "mine.onnx").mkdir()
+    with pytest.raises(ValueError, match="mine.onnx is a folder, which is not replaced by a file"):
+        export(network, X, "onnx", tmp_path / "mine")
     (tmp_path / "taken").touch()
     with pytest.raises(OSError, match="cannot write .*taken"):
         export(network, X, "onnx", tmp_path / "taken" / "net")
