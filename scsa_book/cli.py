@@ -734,6 +734,8 @@ def cam(
 
     path = png_path(output or image.expanduser().with_name(f"{image.stem}-cam.png"))
     x = photograph(image, size)
+    if path.exists() and path.samefile(image.expanduser()):
+        raise ValueError(f"output={str(path)!r} is the photograph itself: name another file")
     looked = network_to_see(network, attention, position, weights, classes)
     layer = layer or last_layer(looked, x)
     title = f"{looked.name}{'' if weights else ' (random weights)'}, {layer}"

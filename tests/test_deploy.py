@@ -261,6 +261,7 @@ def test_smaller_files(options, tmp_path):
     network = matrix.small_network("se")
     whole = export(network, X, "onnx", tmp_path / "whole")
     small = export(network, X, "onnx", tmp_path / "small", **options)
+    pytest.importorskip("onnx").checker.check_model(small.files[0], full_check=True)
     assert isinstance(small, Report) and 0 < small.error < 0.1
     assert small.files[0].stat().st_size < whole.files[0].stat().st_size
     assert network[0].weight.dtype is torch.float32 and network[0].weight.requires_grad

@@ -537,6 +537,15 @@ def test_see_cam_says_what_is_missing(arguments, said, tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_see_cam_does_not_write_over_the_photograph(tmp_path, capsys):
+    image = saved(tmp_path, "RGB", (40, 30))
+    before, arguments = image.read_bytes(), ["--network", "resnet8", "--output", str(image)]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["see", "cam", "--image", str(image), *arguments])
+    assert end.value.code == 2 and "is the photograph itself" in capsys.readouterr().err
+    assert image.read_bytes() == before
+
+
 # ---- what the pages measure with
 
 

@@ -83,8 +83,11 @@ def write_onnx(order: Order, path: Path) -> None:
     model = program.model_proto
     if order.half:
         from onnxruntime.transformers.float16 import convert_float_to_float16
+        from onnxruntime.transformers.onnx_model import OnnxModel
 
-        model = convert_float_to_float16(model, keep_io_types=True)
+        ordered = OnnxModel(convert_float_to_float16(model, keep_io_types=True))
+        ordered.topological_sort()  # the casts of input and output were appended
+        model = ordered.model
     onnx.save(model, path)
 
 
